@@ -1,0 +1,109 @@
+"""The same verbs for asyncio: every call that may block runs on a thread, so the event loop never waits for storage."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
+
+from .chunks import Namespace
+from .config import StoreConfig
+from .events import EventSink
+from .handles import Lease, Match, Reservation, Stats
+from .layout import KVLayout
+from .store import Store
+
+__all__ = ["AsyncStore"]
+
+T = TypeVar("T")
+
+
+class AsyncStore:
+    """An async face of one :class:`Store`.
+
+    Args:
+        store: the store to face; :meth:`close` closes it.
+        threads: how many blocking calls may run at once.
+    """
+
+    def __init__(self, store: Store, *, threads: int = 4) -> None:
+        self.sync = store
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="lmkv-aio")
+
+    @classmethod
+    async def open(
+        cls, config: StoreConfig, layout: KVLayout, *, on_event: EventSink | None = None, threads: int = 4
+    ) -> AsyncStore:
+        """Open a store without blocking the loop; arguments and errors as for :class:`Store`."""
+        store = await asyncio.get_running_loop().run_in_executor(None, partial(Store, config, layout, on_event=on_event))
+        return cls(store, threads=threads)
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def lookup(
+        self, tokens: object, *, anywhere: bool = False, namespace: Namespace | None = None, wait: float = 0.0
+    ) -> Match:
+        """As :meth:`Store.lookup`; with ``wait`` seconds for remote tiers."""
+        return await self._run(lambda: self.sync.lookup(tokens, anywhere=anywhere, namespace=namespace).wait(wait))
+
+    async def prefetch(self, match: Match) -> int:
+        """As :meth:`Store.prefetch`; returns when the chunks are in slots."""
+        return await asyncio.wrap_future(self.sync.prefetch(match))
+
+    @contextlib.asynccontextmanager
+    async def lease(self, match: Match) -> AsyncIterator[Lease]:
+        """As :meth:`Store.lease`: ``async with store.lease(match) as lease``."""
+        lease = await self._run(lambda: self.sync.lease(match))
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    async def retrieve(self, lease: Lease, sink: Any, *, start: int = 0, stop: int | None = None) -> int:
+        """As :meth:`Store.retrieve`."""
+        return await self._run(lambda: self.sync.retrieve(lease, sink, start=start, stop=stop))
+
+    @contextlib.asynccontextmanager
+    async def reserve(
+        self, tokens: object, *, start: int = 0, namespace: Namespace | None = None
+    ) -> AsyncIterator[Reservation]:
+        """As :meth:`Store.reserve`: ``async with store.reserve(tokens) as r``."""
+        reservation = await self._run(lambda: self.sync.reserve(tokens, start=start, namespace=namespace))
+        try:
+            yield reservation
+        finally:
+            reservation.abort()
+
+    async def store(self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None) -> int:
+        """As :meth:`Store.store`."""
+        return await self._run(lambda: self.sync.store(tokens, source, start=start, namespace=namespace))
+
+    async def flush(self, timeout: float | None = None) -> bool:
+        """As :meth:`Store.flush`."""
+        return await self._run(lambda: self.sync.flush(timeout))
+
+    async def clear(self) -> None:
+        """As :meth:`Store.clear`."""
+        await self._run(self.sync.clear)
+
+    def stats(self) -> Stats:
+        """As :meth:`Store.stats`."""
+        return self.sync.stats()
+
+    async def close(self) -> None:
+        """As :meth:`Store.close`."""
+        await self._run(self.sync.close)
+        self._threads.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncStore:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

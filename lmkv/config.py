@@ -1,0 +1,340 @@
+"""Settings of a store: one frozen value, from arguments, YAML and ``LMKV_*`` environment variables.
+
+This is the only module that reads the environment. Later sources win: defaults, then the YAML file, then the environment,
+then explicit overrides. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["StoreConfig", "TierConfig", "parse_bytes"]
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 1000,
+    "kb": 1000,
+    "kib": 1024,
+    "m": 1000**2,
+    "mb": 1000**2,
+    "mib": 1024**2,
+    "g": 1000**3,
+    "gb": 1000**3,
+    "gib": 1024**3,
+    "t": 1000**4,
+    "tb": 1000**4,
+    "tib": 1024**4,
+}
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+ENV_PREFIX = "LMKV_"
+CONFIG_FILE_VARIABLE = "LMKV_CONFIG_FILE"
+
+_BYTES = {"bytes": True}
+
+
+def parse_bytes(value: object) -> int:
+    """A size in bytes from a number or a text such as ``"5 GiB"``, ``"512MB"``, ``"1e9"``.
+
+    Raises:
+        ConfigError: the text is no size, or negative.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number, unit = float(value), ""
+    else:
+        found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if not found or found[2].lower() not in _UNITS:
+            raise ConfigError(f"expected a size such as 5GiB, 512MB or a number of bytes; got {value!r}")
+        try:
+            number, unit = float(found[1]), found[2].lower()
+        except ValueError:
+            raise ConfigError(f"expected a size such as 5GiB, 512MB or a number of bytes; got {value!r}") from None
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"expected a size of at least 0 bytes; got {value!r}")
+    return int(number * _UNITS[unit])
+
+
+def _convert(owner: str, name: str, hint: Any, metadata: Mapping[str, Any], value: object) -> object:
+    """``value`` as the field's type wants it; texts from the environment and YAML scalars are understood."""
+    if metadata.get("bytes"):
+        try:
+            return parse_bytes(value)
+        except ConfigError as error:
+            raise ConfigError(f"{owner}{name}: {error}") from None
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+        if type(None) in options:
+            return None
+        if value is None:
+            raise ConfigError(f"{owner}{name}: expected {hint}; got nothing: give a value or leave the key out")
+    wanted = next(option for option in options if option is not type(None))
+    if wanted is bool:
+        text = str(value).strip().lower()
+        if text in _TRUE or text in _FALSE:
+            return text in _TRUE
+        raise ConfigError(f"{owner}{name}: expected true or false; got {value!r}")
+    if wanted in (int, float):
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = wanted(str(value))
+        except ValueError:
+            kind = "a whole number" if wanted is int else "a number"
+            raise ConfigError(f"{owner}{name}: expected {kind}; got {value!r}") from None
+        return typing.cast(object, number)
+    if wanted is str:
+        if isinstance(value, (Mapping, list, tuple)):
+            raise ConfigError(f"{owner}{name}: expected a text; got {value!r}")
+        return str(value)
+    return value
+
+
+def _check_keys(cls: type, data: Mapping[str, object], where: str) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _build(cls: type, data: Mapping[str, object], where: str) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected keys and values; got {type(data).__name__} {data!r}")
+    _check_keys(cls, data, where)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return {k: _convert(f"{where}: ", k, hints[k], fields[k].metadata, v) for k, v in data.items()}
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}{hint}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name}: expected at least {least}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """A slow tier behind the built-in ones.
+
+    Args:
+        backend: a built-in backend's name (``lmdb``, ``memory``) or one registered under the entry point ``lmkv.backends``.
+        name: what events and statistics call it; the backend's name by default.
+        capacity: bytes it may hold; 0 leaves bounding to the backend itself.
+        policy: eviction policy, used where the backend can list what it holds.
+        codec: how payloads are kept (``raw``, ``blosc2`` or a registered one).
+        deadline_seconds: how long one operation may take before it counts as a miss.
+        options: handed to the backend, which refuses what it does not know.
+    """
+
+    backend: str
+    name: str = ""
+    capacity: int = field(default=0, metadata=_BYTES)
+    policy: str = "lru"
+    codec: str = "raw"
+    deadline_seconds: float = 2.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.backend:
+            raise ConfigError("tiers: expected a backend's name; got an empty text")
+        object.__setattr__(self, "name", self.name or self.backend)
+        if not isinstance(self.options, Mapping):
+            raise ConfigError(f"tiers: options: expected keys and values; got {self.options!r}")
+        if not self.deadline_seconds > 0:
+            raise ConfigError(f"tiers: deadline_seconds: expected more than 0; got {self.deadline_seconds!r}")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """All settings of a :class:`lmkv.Store`. Sizes are bytes; in YAML and environment also texts such as ``5GiB``.
+
+    What the KV was computed with (all of it enters every key):
+        model, revision: the weights' name and version.
+        rope: the RoPE parameters where they differ from the model's own, as a text.
+        lora: name and version of the adapter in use.
+        shard: this process's part of the model, for example ``tp0/2``.
+        salt: a tenant's secret; stores with other salts never find each other's chunks.
+        key_hash: ``sha256`` (default), or ``xxh3`` where nobody hostile writes prompts.
+
+    RAM tier:
+        chunk_size: tokens a chunk; ``None`` takes the layout's, a number must equal it.
+        save_partial_chunk: keep the last, short chunk of a text.
+        ram_capacity, ram_policy: bytes of slots, and lru, lfu, fifo, mru or s3fifo.
+        ram_shared: slots in memory that another process can map.
+        ram_extent: bytes by which the pool grows.
+        chain_aware: never evict a chunk before those that extend it.
+
+    Disk tier:
+        disk_capacity: byte quota, 0 for no disk tier.
+        disk_path: its directory; ``None`` is a folder of this layout's own in the user's cache directory.
+        disk_policy, disk_codec: as for ``tiers``.
+
+    Conduct:
+        tiers: further slow tiers, in order.
+        lease_seconds: how long a lease holds without renewal.
+        deadline_seconds: how long one disk operation may take before it counts as a miss.
+        write_queue: chunks that may wait to be written to one slow tier; beyond it the oldest are dropped.
+        io_threads: reading threads a slow tier.
+        breaker_failures, breaker_seconds: failures in a row that switch a tier off, and for how long.
+    """
+
+    model: str = ""
+    revision: str = ""
+    rope: str = ""
+    lora: str = ""
+    shard: str = ""
+    salt: str = ""
+    key_hash: str = "sha256"
+    chunk_size: int | None = None
+    save_partial_chunk: bool = True
+    ram_capacity: int = field(default=4 * 1024**3, metadata=_BYTES)
+    ram_policy: str = "lru"
+    ram_shared: bool = False
+    ram_extent: int = field(default=64 * 1024**2, metadata=_BYTES)
+    chain_aware: bool = True
+    disk_capacity: int = field(default=10 * 1024**3, metadata=_BYTES)
+    disk_path: str | None = None
+    disk_policy: str = "lru"
+    disk_codec: str = "raw"
+    tiers: tuple[TierConfig, ...] = ()
+    lease_seconds: float = 60.0
+    deadline_seconds: float = 10.0
+    write_queue: int = 4096
+    io_threads: int = 2
+    breaker_failures: int = 5
+    breaker_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        tiers = tuple(
+            tier if isinstance(tier, TierConfig) else TierConfig(**_build(TierConfig, tier, f"tiers[{i}]"))
+            for i, tier in enumerate(self.tiers or ())
+        )
+        object.__setattr__(self, "tiers", tiers)
+        for name in ("ram_capacity", "ram_extent", "disk_capacity"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+        _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
+        if self.chunk_size is not None:
+            _at_least("chunk_size", self.chunk_size, 1)
+        _at_least("ram_capacity", self.ram_capacity, 1)
+        _at_least("ram_extent", self.ram_extent, 1)
+        _at_least("write_queue", self.write_queue, 1)
+        _at_least("io_threads", self.io_threads, 1)
+        _at_least("breaker_failures", self.breaker_failures, 1)
+        for name in ("lease_seconds", "deadline_seconds", "breaker_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected more than 0 seconds; got {getattr(self, name)!r}")
+        names = ["ram", "disk", *(tier.name for tier in tiers)]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"tiers: expected names that differ (ram and disk are taken); got {names[2:]}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object], *, where: str = "config") -> StoreConfig:
+        """A config from plain keys and values, as YAML gives them.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is named) or a value of the wrong type or range.
+        """
+        return cls(**_build(cls, data, where))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        environ: Mapping[str, str] | None = None,
+        overrides: Mapping[str, object] | None = None,
+    ) -> StoreConfig:
+        """A config from a YAML file, the environment and overrides, later ones winning.
+
+        Args:
+            path: the file; ``None`` reads the one that ``LMKV_CONFIG_FILE`` names, if any.
+            environ: instead of the process's environment. ``LMKV_<KEY>`` sets ``key``; ``LMKV_TIERS`` takes YAML.
+            overrides: keys and values that win over both.
+
+        Raises:
+            ConfigError: the file is missing or no YAML mapping, or a key or value is wrong.
+        """
+        env = os.environ if environ is None else environ
+        path = path if path is not None else env.get(CONFIG_FILE_VARIABLE) or None
+        data: dict[str, object] = {}
+        if path is not None:
+            data.update(_build(cls, read_yaml(path), str(path)))
+        known = {ENV_PREFIX + f.name.upper(): f.name for f in dataclasses.fields(cls)}
+        for variable, text in env.items():
+            if not variable.startswith(ENV_PREFIX) or variable in (CONFIG_FILE_VARIABLE, *_FOREIGN):
+                continue
+            if variable not in known:
+                near = difflib.get_close_matches(variable, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+                raise ConfigError(f"environment: unknown variable {variable}; {hint}")
+            value: object = parse_yaml(text, variable) if known[variable] == "tiers" else text
+            data.update(_build(cls, {known[variable]: value}, variable))
+        data.update(_build(cls, overrides or {}, "overrides"))
+        return cls(**typing.cast(dict[str, Any], data))
+
+
+#: ``LMKV_*`` variables that belong to adapters and the command line, not to a store.
+_FOREIGN = ("LMKV_TOKEN",)
+
+
+def service_token(environ: Mapping[str, str] | None = None) -> str | None:
+    """The bearer token of the HTTP service (``LMKV_TOKEN``), or ``None``; kept out of files and command lines."""
+    return (os.environ if environ is None else environ).get("LMKV_TOKEN") or None
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """YAML as plain data.
+
+    Raises:
+        ConfigError: it is no YAML; the message says where.
+    """
+    import yaml
+
+    try:
+        return typing.cast(object, yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: expected YAML; got a syntax error: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, object]:
+    """The top-level mapping of a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file can't be read or holds something else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a readable YAML file; got: {error}") from None
+    data = parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines; got {type(data).__name__}")
+    return typing.cast(dict[str, object], data)
+
+
+def cache_home(environ: Mapping[str, str] | None = None) -> Path:
+    """Where the user keeps caches: ``$XDG_CACHE_HOME`` or ``~/.cache`` (XDG base directory specification)."""
+    env = os.environ if environ is None else environ
+    base = env.get("XDG_CACHE_HOME") or ""
+    return Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"

@@ -1,0 +1,197 @@
+"""Asking slow tiers beside the caller: probes of remote tiers, and loads from any slow tier into slots."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from .chunks import TOKEN_BYTES, ChunkKey
+from .events import Emitter
+from .handles import Match
+from .tiers import NewChunk, RamTier, SlowTier
+
+__all__ = ["Loader", "Probes"]
+
+#: How long a remote tier's answer to "how many of these keys" is believed.
+_ANSWER_SECONDS = 1.0
+_MOST_PROBES = 1024
+
+
+class Probes:
+    """Questions to remote tiers that are under way or just answered."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: dict[tuple[str, ChunkKey, ChunkKey], tuple[Future[int], float]] = {}
+
+    def ask(self, tier: SlowTier, keys: Sequence[ChunkKey], wait: float) -> int | None:
+        """How many leading keys ``tier`` holds; ``None`` if it has not answered within ``wait`` seconds."""
+        now = time.monotonic()
+        question = (tier.name, keys[0], keys[-1])
+        with self._lock:
+            future, asked = self._asked.get(question, (None, 0.0))
+            if future is not None and future.done() and now - asked > _ANSWER_SECONDS:
+                future = None
+            if future is None:
+                if tier.breaker.open and not tier.breaker.allows():
+                    return 0
+                future, asked = tier.probe(keys), now
+                self._asked[question] = (future, asked)
+                while len(self._asked) > _MOST_PROBES:
+                    self._asked.pop(next(iter(self._asked)))
+        try:
+            return future.result(wait)
+        except FutureTimeoutError:
+            if time.monotonic() - asked < tier.deadline:
+                return None
+        with self._lock:
+            self._asked.pop(question, None)
+        tier.breaker.failure("lookup", f"no answer within {tier.deadline} s")
+        return 0
+
+
+class Loader:
+    """Loads chunks from slow tiers into slots; a chunk that is being loaded is not loaded twice.
+
+    Args:
+        lock: the store's.
+        allocate: up to n slots, sparing the given keys; called under the lock.
+        resident: how many leading tokens of a match are in slots; called under the lock.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        ram: RamTier,
+        tiers: Sequence[SlowTier],
+        allocate: Callable[[int, Sequence[ChunkKey]], list[int]],
+        resident: Callable[[Match], int],
+        emit: Emitter,
+    ) -> None:
+        self._lock = lock
+        self._ram = ram
+        self._tiers = {tier.name: tier for tier in tiers}
+        self._allocate = allocate
+        self._resident = resident
+        self._emit = emit
+        self._under_way: dict[ChunkKey, Future[None]] = {}
+
+    @property
+    def loading(self) -> int:
+        """Chunks whose slots are being filled now."""
+        return len(self._under_way)
+
+    def load(self, match: Match) -> Future[int]:
+        """See :meth:`lmkv.Store.prefetch`."""
+        result: Future[int] = Future()
+        with self._lock:
+            wanted = self._wanted(match)
+            others = {self._under_way[chunk.key] for _, chunk in wanted if chunk.key in self._under_way}
+            mine = [(tier, chunk) for tier, chunk in wanted if chunk.key not in self._under_way]
+            slots = self._allocate(len(mine), match.keys)
+            batches = self._batches(mine, slots)
+            waits = list(others)
+            for _, batch in batches:
+                done: Future[None] = Future()
+                waits.append(done)
+                for chunk in batch:
+                    self._under_way[chunk.key] = done
+        for (tier, batch), done in zip(batches, waits[len(others) :], strict=True):
+            self._start(self._tiers[tier], batch, done)
+        self._when_all(waits, lambda: result.set_result(self._count(match)))
+        return result
+
+    def load_and_wait(self, match: Match) -> None:
+        """Load, waiting for at most the tiers' deadline."""
+        names = [tier for tier, _ in match.runs] + ([match.tail.tier] if match.tail else [])
+        tiers = [self._tiers[name] for name in set(names) if name in self._tiers]
+        deadline = max((tier.deadline for tier in tiers), default=0.0)
+        try:
+            self.load(match).result(deadline)
+        except FutureTimeoutError:
+            for tier in tiers:
+                tier.breaker.failure("read", f"no answer within {tier.deadline} s")
+
+    def _count(self, match: Match) -> int:
+        with self._lock:
+            return self._resident(match)
+
+    def _wanted(self, match: Match) -> list[tuple[str, NewChunk]]:
+        """The match's chunks that are not in RAM, with the tier that has them; no slots yet."""
+        root, width = match.namespace.root, self._ram.layout.chunk_tokens
+        found: list[tuple[str, NewChunk]] = []
+        i = 0
+        for tier, count in match.runs:
+            for _ in range(count):
+                key = match.keys[i]
+                if tier in self._tiers and self._ram.index.get(key) is None:
+                    parent = match.keys[i - 1] if i else root
+                    found.append((tier, NewChunk(key, parent, root, match.pieces[i], i * width, -1)))
+                i += 1
+        tail = match.tail
+        if tail and tail.tier in self._tiers and self._ram.index.get(tail.key) is None:
+            parent = match.keys[i - 1] if i else root
+            found.append((tail.tier, NewChunk(tail.key, parent, root, tail.piece, i * width, -1)))
+        return found
+
+    def _batches(self, wanted: Sequence[tuple[str, NewChunk]], slots: Sequence[int]) -> list[tuple[str, list[NewChunk]]]:
+        """Chunks with slots, split so that all reading threads of a tier have work."""
+        by_tier: dict[str, list[NewChunk]] = {}
+        for (tier, chunk), slot in zip(wanted, slots, strict=False):
+            chunk.slot = slot
+            by_tier.setdefault(tier, []).append(chunk)
+        batches: list[tuple[str, list[NewChunk]]] = []
+        for tier, chunks in by_tier.items():
+            size = self._tiers[tier].batch_size(len(chunks))
+            batches.extend((tier, chunks[i : i + size]) for i in range(0, len(chunks), size))
+        return batches
+
+    def _start(self, tier: SlowTier, batch: list[NewChunk], done: Future[None]) -> None:
+        begun = time.monotonic()
+        try:
+            reading = tier.read(batch)
+        except RuntimeError:  # the tier's threads are gone: the store is closing
+            self._finish(tier, batch, [False] * len(batch), begun, done)
+            return
+
+        def finish(read: Future[list[bool]]) -> None:
+            there = [False] * len(batch) if read.cancelled() else read.result()
+            self._finish(tier, batch, there, begun, done)
+
+        reading.add_done_callback(finish)
+
+    def _finish(self, tier: SlowTier, batch: list[NewChunk], there: list[bool], begun: float, done: Future[None]) -> None:
+        good = [chunk for chunk, ok in zip(batch, there, strict=True) if ok]
+        with self._lock:
+            for chunk in batch:
+                del self._under_way[chunk.key]
+            self._ram.pool.release([chunk.slot for chunk, ok in zip(batch, there, strict=True) if not ok])
+            self._ram.commit(good)
+        if good:
+            tokens = sum(len(chunk.piece) for chunk in good) // TOKEN_BYTES
+            size = tokens * self._ram.layout.token_bytes
+            seconds = time.monotonic() - begun
+            self._emit("loaded", tier.name, chunks=len(good), tokens=tokens, bytes=size, seconds=seconds)
+        done.set_result(None)
+
+    @staticmethod
+    def _when_all(waits: Sequence[Future[None]], then: Callable[[], None]) -> None:
+        """Call ``then`` once, when all of ``waits`` are done; at once if there are none."""
+        left = len(waits)
+        lock = threading.Lock()
+
+        def one_done(_: Future[None]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                then()
+
+        if not waits:
+            then()
+        for wait in waits:
+            wait.add_done_callback(one_done)

@@ -1,0 +1,225 @@
+"""Slots: equal pieces of host memory, one chunk each, in a slab that grows by extents.
+
+A slot has room for a whole record: the payload stands at ``payload_offset`` (see :mod:`lmkv.record`), and what comes before it
+is filled in when the record leaves for a slow tier. So slow tiers read into and write from slots without another copy.
+
+With ``shared=True`` the slab is an anonymous memory file that another process of the same user maps by :meth:`HostPool.handle`;
+it vanishes with its last user, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
+
+__all__ = ["HostPool", "MappedPool", "PoolHandle"]
+
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class PoolHandle:
+    """What another process needs to map a shared pool: plain values, to be sent as they are."""
+
+    pid: int
+    fd: int
+    slot_bytes: int
+    slots_per_extent: int
+
+
+class _Slab:
+    """Extents of slots, mapped one by one."""
+
+    def __init__(self, slot_bytes: int, slots_per_extent: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots_per_extent = slots_per_extent
+        self._maps: list[mmap.mmap] = []
+        self._views: list[memoryview] = []
+        self._closed = False
+
+    @property
+    def extent_bytes(self) -> int:
+        return self.slot_bytes * self.slots_per_extent
+
+    def view(self, slot: int) -> memoryview:
+        """The memory of a slot, ``slot_bytes`` long. Valid until the pool is closed.
+
+        Raises:
+            ArgumentError: no such slot.
+            StoreClosedError: the pool was closed.
+        """
+        extent, index = divmod(slot, self.slots_per_extent)
+        if self._closed:
+            raise StoreClosedError("expected an open pool; it was closed")
+        if not 0 <= extent < len(self._views):
+            raise ArgumentError(f"expected a slot from 0 to {len(self._views) * self.slots_per_extent - 1}; got {slot}")
+        begin = index * self.slot_bytes
+        return self._views[extent][begin : begin + self.slot_bytes]
+
+    def _add(self, extent: mmap.mmap) -> None:
+        self._maps.append(extent)
+        self._views.append(memoryview(extent))
+
+    def _unmap(self) -> None:
+        self._closed = True
+        self._views.clear()
+        while self._maps:
+            extent = self._maps.pop()
+            with contextlib.suppress(BufferError):  # somebody still holds a view: the mapping goes when that does
+                extent.close()
+
+
+class HostPool(_Slab):
+    """The slots of one store. Not thread-safe by itself: the store's lock guards it.
+
+    Args:
+        slot_bytes: bytes a slot; rounded up to whole pages.
+        slots: the most slots there will ever be.
+        extent_bytes: how much memory is added at a time; at least one slot.
+        shared: in memory that another process can map.
+
+    Raises:
+        CapacityError: less than one slot.
+        ConfigError: shared memory is not to be had on this platform.
+    """
+
+    def __init__(self, slot_bytes: int, slots: int, *, extent_bytes: int = 64 * 1024**2, shared: bool = False) -> None:
+        if slots < 1:
+            raise CapacityError(
+                f"expected room for at least one slot of {slot_bytes} bytes; got {slots} slots: raise the capacity"
+            )
+        slot_bytes = -(-slot_bytes // _PAGE) * _PAGE
+        super().__init__(slot_bytes, min(slots, max(1, extent_bytes // slot_bytes)))
+        self.slots = slots
+        self._free: list[int] = []
+        self._used = bytearray()
+        self._fd = -1
+        if shared:
+            if not hasattr(os, "memfd_create"):
+                raise ConfigError("ram_shared: expected a platform with memfd (Linux); set ram_shared to false")
+            self._fd = os.memfd_create("lmkv-slots", os.MFD_CLOEXEC)
+
+    @property
+    def used(self) -> int:
+        """Slots that are allocated."""
+        return len(self._used) - len(self._free)
+
+    @property
+    def available(self) -> int:
+        """Slots that :meth:`allocate` could still give out, grown or not."""
+        return self.slots - self.used
+
+    def allocate(self, n: int) -> list[int] | None:
+        """Ids of ``n`` slots, all or ``None``. Grows the slab when needed; contents are whatever was there before.
+
+        Raises:
+            StoreClosedError: the pool was closed.
+            CapacityError: the operating system gives no more memory.
+        """
+        if self._closed:
+            raise StoreClosedError("expected an open pool; it was closed")
+        if n > self.available:
+            return None
+        while len(self._free) < n:
+            self._grow()
+        taken = self._free[len(self._free) - n :]
+        del self._free[len(self._free) - n :]
+        used = self._used
+        for slot in taken:
+            used[slot] = 1
+        taken.reverse()
+        return taken
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Give slots back.
+
+        Raises:
+            ArgumentError: one of them is not allocated; none is given back then.
+        """
+        used = self._used
+        for slot in slots:
+            if not 0 <= slot < len(used) or not used[slot]:
+                raise ArgumentError(f"expected allocated slots; slot {slot} is not")
+        for slot in slots:
+            used[slot] = 0
+        self._free.extend(slots)
+
+    def handle(self) -> PoolHandle:
+        """How another process maps this pool.
+
+        Raises:
+            ConfigError: the pool is not shared.
+        """
+        if self._fd < 0:
+            raise ConfigError("expected a shared pool; this one is private: open the store with ram_shared: true")
+        return PoolHandle(os.getpid(), self._fd, self.slot_bytes, self.slots_per_extent)
+
+    def close(self) -> None:
+        """Unmap. Views that are still held elsewhere keep their memory until they go."""
+        self._unmap()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _grow(self) -> None:
+        first = len(self._used)
+        count = min(self.slots_per_extent, self.slots - first)
+        size = self.extent_bytes
+        try:
+            if self._fd >= 0:
+                os.ftruncate(self._fd, size * (len(self._maps) + 1))
+                extent = mmap.mmap(self._fd, size, offset=size * len(self._maps))
+            else:
+                extent = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                if hasattr(mmap, "MADV_HUGEPAGE") and size >= 2 * 1024**2:
+                    extent.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            raise CapacityError(f"expected {size} more bytes of memory for slots; the system says: {error}") from error
+        self._add(extent)
+        self._used.extend(bytes(count))
+        self._free.extend(range(first + count - 1, first - 1, -1))
+
+    def _check(self) -> None:
+        assert len(self._used) <= self.slots
+        assert len(set(self._free)) == len(self._free)
+        assert all(not self._used[slot] for slot in self._free)
+        assert sum(self._used) == self.used
+
+
+class MappedPool(_Slab):
+    """Another process's slots, seen from here. Reading and writing them is the owner's business to permit.
+
+    Args:
+        handle: what the owner's :meth:`HostPool.handle` gave.
+
+    Raises:
+        CapacityError: the owner is gone or belongs to another user.
+    """
+
+    def __init__(self, handle: PoolHandle) -> None:
+        super().__init__(handle.slot_bytes, handle.slots_per_extent)
+        try:
+            self._fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise CapacityError(f"expected the pool of process {handle.pid}; it can't be mapped: {error}") from error
+
+    def view(self, slot: int) -> memoryview:
+        """As the owner's; extents that the owner added since are mapped on the way."""
+        size = self.extent_bytes
+        while not self._closed and slot >= len(self._maps) * self.slots_per_extent:
+            if os.fstat(self._fd).st_size < size * (len(self._maps) + 1):
+                break
+            self._add(mmap.mmap(self._fd, size, offset=size * len(self._maps)))
+        return super().view(slot)
+
+    def close(self) -> None:
+        """Unmap."""
+        self._unmap()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,489 @@
+"""The store: the whole public verb list of LMKV.
+
+Control is guarded by one lock and touches no KV; copies run outside it. Slow tiers are asked outside it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+from .backends import BackendSettings, open_backend
+from .chunks import TOKEN_BYTES, ChunkKey, Namespace, TokenChunker, token_bytes
+from .config import StoreConfig, TierConfig, cache_home
+from .errors import ArgumentError, ConfigError, StoreClosedError
+from .events import Emitter, EventSink
+from .finding import Finder
+from .handles import Lease, Match, Reservation, Slot, Stats
+from .index import Node
+from .layout import KVLayout
+from .loading import Loader
+from .tiers import NewChunk, RamTier, SlowTier, TierStats, Write
+from .transfer import as_access, gather, scatter
+
+__all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
+
+_DISK = "disk"
+
+
+class Store:
+    """KV by text: RAM first, slow tiers behind it.
+
+    Safe to use from several threads. A context manager that closes on exit.
+
+    Args:
+        config: settings; see :class:`StoreConfig`.
+        layout: what chunks' bytes are.
+        on_event: called with every :class:`lmkv.Event`.
+
+    Raises:
+        ConfigError: settings that contradict each other or the layout, or a disk path that can't be used.
+        LayoutMismatchError: the disk path holds chunks of another layout.
+        CapacityError: a tier is smaller than one chunk.
+    """
+
+    def __init__(self, config: StoreConfig, layout: KVLayout, *, on_event: EventSink | None = None) -> None:
+        if config.chunk_size is not None and config.chunk_size != layout.chunk_tokens:
+            raise ConfigError(
+                f"chunk_size: expected the layout's {layout.chunk_tokens} tokens; got {config.chunk_size}: "
+                "leave it out or change one"
+            )
+        self.config = config
+        self.layout = layout
+        names = ("model", "revision", "rope", "lora", "shard", "salt", "key_hash")
+        self.namespace = Namespace.of(layout, **{name: getattr(config, name) for name in names})
+        self._emit = Emitter(on_event)
+        self._lock = threading.RLock()
+        self._closed = False
+        self._ram = RamTier(config, layout, self._emit)
+        self._slow: list[SlowTier] = []
+        try:
+            for settings in self._slow_settings():
+                self._slow.append(self._open_tier(settings))
+        except BaseException:
+            for tier in self._slow:
+                tier.close(None)
+            self._ram.pool.close()
+            raise
+        self._reserving: set[ChunkKey] = set()
+        self._reservations = 0
+        self._leases: dict[int, Lease] = {}
+        self._counts = {"lookups": 0, "lookup_tokens": 0, "hit_tokens": 0, "stored_tokens": 0}
+        self._hits_by_tier: dict[str, int] = {}
+        self._finder = Finder(self._lock, self._ram, self._slow)
+        self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, lambda match: self._held(match)[1], self._emit)
+
+    def _slow_settings(self) -> Iterator[TierConfig]:
+        config = self.config
+        if config.disk_capacity:
+            path = config.disk_path or str(cache_home() / "lmkv" / self.layout.fingerprint.hex())
+            yield TierConfig(
+                backend="lmdb",
+                name=_DISK,
+                capacity=config.disk_capacity,
+                policy=config.disk_policy,
+                codec=config.disk_codec,
+                deadline_seconds=config.deadline_seconds,
+                options={"path": path},
+            )
+        yield from config.tiers
+
+    def _open_tier(self, settings: TierConfig) -> SlowTier:
+        backend = open_backend(
+            settings.backend, BackendSettings(settings.name, self.layout, settings.capacity, settings.options)
+        )
+        try:
+            return SlowTier(
+                settings,
+                self.config,
+                self.layout,
+                backend,
+                slot_view=self._ram.pool.view,
+                release=self._unpin,
+                emit=self._emit,
+            )
+        except BaseException:
+            backend.close()
+            raise
+
+    # -- looking up ------------------------------------------------------------------------------------------------------
+
+    def lookup(self, tokens: object, *, anywhere: bool = False, namespace: Namespace | None = None) -> Match:
+        """What the tiers hold of a prompt. No side effects, and it never blocks: a remote tier is asked beside.
+
+        Args:
+            tokens: the prompt; see :func:`lmkv.chunks.token_bytes`.
+            anywhere: also find stored chunks behind the prefix, at any token offset (``match.elsewhere``).
+            namespace: instead of the store's own, for example with another ``salt`` or ``lora``.
+
+        Raises:
+            ArgumentError: wrong tokens, or a namespace of another layout.
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        chunker = self._chunker(namespace)
+        pieces = chunker.pieces(token_bytes(tokens))
+        match = self._finder.match(chunker.namespace, chunker.chain(pieces), pieces)
+        if anywhere:
+            match.elsewhere = tuple(self._finder.elsewhere(match))
+        return match
+
+    def _chunker(self, namespace: Namespace | None) -> TokenChunker:
+        space = self.namespace if namespace is None else namespace
+        if space.layout != self.layout.fingerprint:
+            raise ArgumentError(
+                f"expected a namespace of this store's layout {self.layout.fingerprint.hex()}; got {space.layout.hex()}: "
+                "derive it with store.namespace.replace(...)"
+            )
+        return TokenChunker(space, self.layout.chunk_tokens)
+
+    # -- loading and leasing ---------------------------------------------------------------------------------------------
+
+    def prefetch(self, match: Match) -> Future[int]:
+        """Bring the prefix's chunks from slow tiers into slots, beside the caller.
+
+        Returns:
+            A future of the number of leading tokens that are then in slots. It never raises: what does not come is a miss.
+
+        Raises:
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        return self._loader.load(match)
+
+    def lease(self, match: Match) -> Lease:
+        """Hold the prefix's chunks in their slots while they are copied out.
+
+        May block: what is only in slow tiers is loaded first, for at most their deadline. The lease may hold fewer tokens than
+        the match promised, never other ones; ``lease.hit_tokens`` says how many.
+
+        Raises:
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        if any(tier != self._ram.name for tier, _ in match.runs) or (match.tail and match.tail.tier != self._ram.name):
+            self._loader.load_and_wait(match)
+        with self._lock:
+            self._open()
+            nodes, hit = self._held(match)
+            for node in nodes:
+                node.pins += 1
+            self._ram.touch(nodes)
+            lease = Lease(nodes, hit, self.layout.chunk_tokens, self.config.lease_seconds, self._ram.payload, self._release)
+            self._leases[id(lease)] = lease
+            self._counts["lookups"] += 1
+            self._counts["lookup_tokens"] += match.total_tokens
+            self._counts["hit_tokens"] += hit
+            self._count_tiers(match, hit)
+        if nodes and self._slow:
+            keys = [node.key for node in nodes]
+            for tier in self._slow:
+                tier.touch(keys)
+        return lease
+
+    def _held(self, match: Match) -> tuple[list[Node], int]:
+        """The match's chunks that are in slots, and how many tokens of the prompt they serve; at most what was promised."""
+        full, width = match.full, self.layout.chunk_tokens
+        nodes = self._ram.index.walk(match.keys[:full], match.pieces[:full])
+        hit = min(len(nodes) * width, match.total_tokens)
+        if len(nodes) < len(match.pieces) and hit < match.hit_tokens:
+            parent = match.keys[len(nodes) - 1] if nodes else match.namespace.root
+            found = self._ram.index.best_child(parent, match.pieces[len(nodes)])
+            if found is not None:
+                nodes.append(found[0])
+                hit = min(hit + found[1], match.hit_tokens)
+        return nodes, hit
+
+    def _count_tiers(self, match: Match, hit: int) -> None:
+        left = hit
+        for tier, tokens in match.tokens_by_tier().items() if len(match.runs) > 1 or match.tail else _single(match):
+            self._hits_by_tier[tier] = self._hits_by_tier.get(tier, 0) + min(tokens, left)
+            left -= min(tokens, left)
+
+    def retrieve(self, lease: Lease, sink: Any, *, start: int = 0, stop: int | None = None) -> int:
+        """Copy leased tokens into the caller's tensors.
+
+        Args:
+            lease: from :meth:`lease`.
+            sink: a :class:`lmkv.transfer.KVAccess`, or what :class:`DenseKV` takes.
+            start, stop: text positions; ``stop`` is the lease's ``hit_tokens`` by default, and at most that.
+
+        Returns:
+            Tokens copied; 0 if the lease was lost meanwhile: then the tensors' contents are undefined.
+
+        Raises:
+            LayoutMismatchError: the tensors do not have the layout; nothing was copied.
+            ArgumentError: positions outside the tensors, or ``start`` behind the lease's end; nothing was copied.
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        stop = lease.hit_tokens if stop is None else min(stop, lease.hit_tokens)
+        if not 0 <= start <= lease.hit_tokens:
+            raise ArgumentError(f"expected start from 0 to the lease's {lease.hit_tokens} tokens; got {start}")
+        access = as_access(sink)
+        if stop <= start:
+            return 0
+        access.check(self.layout, start, stop)
+        if not lease.held:
+            return 0
+        for slot in lease.slots:
+            begin, end = max(start, slot.start), min(stop, slot.start + slot.tokens)
+            if begin < end:
+                scatter(slot.payload, self.layout, (slot.start, slot.start + slot.tokens), access, begin, end)
+        with self._lock:  # a lease that lost its hold may have been overwritten under the copy
+            return stop - start if lease.held else 0
+
+    # -- storing ---------------------------------------------------------------------------------------------------------
+
+    def reserve(self, tokens: object, *, start: int = 0, namespace: Namespace | None = None) -> Reservation:
+        """Slots for those chunks of a text that are not in RAM and that nobody else is filling.
+
+        Never blocks. When there is not room for all, the leading ones are served.
+
+        Args:
+            tokens: the whole text from its beginning, since keys name what comes before.
+            start: the first token whose KV the caller has; chunks that begin before it are left out.
+            namespace: as for :meth:`lookup`.
+
+        Raises:
+            ArgumentError: wrong tokens or ``start``.
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        chunker = self._chunker(namespace)
+        data = token_bytes(tokens)
+        if not isinstance(start, int) or not 0 <= start <= len(data) // TOKEN_BYTES:
+            raise ArgumentError(f"expected start from 0 to {len(data) // TOKEN_BYTES} tokens; got {start!r}")
+        pieces = chunker.pieces(data)
+        if not self.config.save_partial_chunk and len(pieces[-1]) < self.layout.chunk_tokens * TOKEN_BYTES:
+            pieces.pop()
+        keys = chunker.chain(pieces)
+        root = chunker.namespace.root
+        with self._lock:
+            self._open()
+            wanted = self._missing(root, keys, pieces, -(-start // self.layout.chunk_tokens))
+            slots = self._allocate(len(wanted), keys)
+            width = self.layout.chunk_tokens
+            chunks = [
+                NewChunk(keys[i], keys[i - 1] if i else root, root, pieces[i], i * width, slot)
+                for i, slot in zip(wanted, slots, strict=False)
+            ]
+            self._reserving.update([chunk.key for chunk in chunks])
+            self._reservations += 1
+        return Reservation(chunks, self._ram.payload, self._commit, self._abort)
+
+    def _missing(self, root: ChunkKey, keys: Sequence[ChunkKey], pieces: Sequence[bytes], first: int) -> list[int]:
+        """Numbers of the chunks that have to be filled."""
+        index, reserving = self._ram.index, self._reserving
+        wanted = [i for i in range(first, len(keys)) if index.get(keys[i]) is None and keys[i] not in reserving]
+        last = len(keys) - 1
+        if wanted and wanted[-1] == last and len(pieces[last]) < self.layout.chunk_tokens * TOKEN_BYTES:
+            found = index.best_child(keys[last - 1] if last else root, pieces[last])
+            if found is not None and found[1] * TOKEN_BYTES == len(pieces[last]):
+                wanted.pop()  # a longer chunk begins with these very tokens
+        return wanted
+
+    def _allocate(self, n: int, protected: Sequence[ChunkKey]) -> list[int]:
+        """Up to ``n`` slots, making room; under the lock."""
+        if not n:
+            return []
+        pool = self._ram.pool
+        if pool.available < n:
+            keep = set(protected)
+            self._expire_leases()
+            got = self._ram.make_room(n, keep)
+            if got < n and self._slow:
+                for tier in self._slow:
+                    tier.writer.drop_oldest(n - got, "their slots were needed")
+                got = self._ram.make_room(n, keep)
+            n = got
+        return pool.allocate(n) or []
+
+    def _commit(self, reservation: Reservation) -> int:
+        with self._lock:
+            self._open()
+            reservation.open = False
+            self._reservations -= 1
+            self._reserving.difference_update([chunk.key for chunk in reservation.chunks])
+            done = self._ram.commit(reservation.chunks)
+            tokens = sum(len(chunk.piece) for _, chunk in done) // TOKEN_BYTES
+            self._counts["stored_tokens"] += tokens
+            if self._slow:
+                for node, _ in done:
+                    node.pins += len(self._slow)
+                writes = [Write(node, chunk) for node, chunk in done]
+                for tier in self._slow:
+                    tier.offer(writes)
+        if done:
+            self._emit("stored", self._ram.name, chunks=len(done), tokens=tokens, bytes=tokens * self.layout.token_bytes)
+        return tokens
+
+    def _abort(self, reservation: Reservation) -> None:
+        with self._lock:
+            reservation.open = False
+            if self._closed:
+                return
+            self._reservations -= 1
+            self._reserving.difference_update([chunk.key for chunk in reservation.chunks])
+            self._ram.pool.release([chunk.slot for chunk in reservation.chunks])
+
+    def store(self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None) -> int:
+        """Keep a text's KV: reserve, copy out of the caller's tensors, commit.
+
+        Args:
+            tokens: the whole text from its beginning.
+            source: a :class:`lmkv.transfer.KVAccess`, or what :class:`DenseKV` takes, with the KV from ``start`` on.
+            start, namespace: as for :meth:`reserve`.
+
+        Returns:
+            Tokens newly stored; chunks that are there already are skipped.
+
+        Raises:
+            LayoutMismatchError: the tensors do not have the layout; nothing was stored.
+            ArgumentError: wrong tokens, or the tensors do not hold all of them; nothing was stored.
+            StoreClosedError: the store was closed.
+        """
+        access = as_access(source)
+        with self.reserve(tokens, start=start, namespace=namespace) as reservation:
+            if not reservation.chunks:
+                return 0
+            last = reservation.slots[-1]
+            access.check(self.layout, reservation.slots[0].start, last.start + last.tokens)
+            for slot in reservation.slots:
+                gather(access, slot.payload, self.layout, slot.start, slot.start + slot.tokens)
+            return reservation.commit()
+
+    # -- holds -----------------------------------------------------------------------------------------------------------
+
+    def _unpin(self, nodes: Sequence[Node]) -> None:
+        with self._lock:
+            for node in nodes:
+                node.pins -= 1
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            if self._leases.pop(id(lease), None) is None:
+                return
+            lease.held = False
+            for node in lease.nodes:
+                node.pins -= 1
+
+    def _expire_leases(self) -> None:
+        now = time.monotonic()
+        for lease in [lease for lease in self._leases.values() if lease.until < now]:
+            self._release(lease)
+            self._emit("lease_expired", chunks=len(lease.nodes))
+
+    # -- the rest --------------------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until every committed chunk is in the slow tiers and durable there.
+
+        Returns:
+            ``False`` if ``timeout`` seconds were not enough.
+
+        Raises:
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        done = True
+        for tier in self._slow:
+            done = tier.flush(None if deadline is None else max(0.0, deadline - time.monotonic())) and done
+        return done
+
+    def clear(self) -> None:
+        """Drop every chunk of every tier, but for leased ones; other processes on the same disk directory lose theirs too.
+
+        Raises:
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        for tier in self._slow:
+            tier.clear()
+        with self._lock:
+            self._ram.clear()
+
+    def stats(self) -> Stats:
+        """Counts since the store was opened.
+
+        Raises:
+            StoreClosedError: the store was closed.
+        """
+        self._open()
+        with self._lock:
+            pool = self._ram.pool
+            held = len(self._ram.index)
+            hits = self._hits_by_tier
+            ram = TierStats(
+                self._ram.name,
+                pool.slots * pool.slot_bytes,
+                pool.used * pool.slot_bytes,
+                held,
+                hit_tokens=hits.get(self._ram.name, 0),
+                evictions=self._ram.evictions,
+            )
+            counts = dict(self._counts)
+            leases, reservations = len(self._leases), self._reservations
+        tiers = (ram, *(tier.stats(hits.get(tier.name, 0)) for tier in self._slow))
+        return Stats(**counts, leases=leases, reservations=reservations, tiers=tiers)
+
+    def pool_handle(self) -> Any:
+        """How another process maps the slots; see :class:`lmkv.pool.MappedPool`.
+
+        Raises:
+            ConfigError: ``ram_shared`` is off.
+        """
+        self._open()
+        return self._ram.pool.handle()
+
+    def close(self, timeout: float | None = 60.0) -> None:
+        """Write what waits to the slow tiers, for at most ``timeout`` seconds, and release everything.
+
+        Leases and reservations that are still open lose their hold. A second call does nothing.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for tier in self._slow:
+            tier.close(timeout)
+        with self._lock:
+            for lease in list(self._leases.values()):
+                self._release(lease)
+            self._ram.pool.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # a store whose opening failed
+            if not self._closed and self._slow:
+                self.close(5.0)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise StoreClosedError("expected an open store; it was closed: open a new one")
+
+    def _check(self) -> None:
+        """Assert the invariants of all parts; for tests, while nothing is in flight elsewhere."""
+        with self._lock:
+            self._ram._check()
+            assert self._ram.pool.used == len(self._ram.index) + len(self._reserving) + self._loader.loading
+            assert all(node.pins >= 0 for node in self._ram.index)
+            assert all(self._ram.index.get(node.key) is node for lease in self._leases.values() for node in lease.nodes)
+        for tier in self._slow:
+            tier._check()
+
+
+def _single(match: Match) -> list[tuple[str, int]]:
+    """Tokens by tier of a match in one run, without listing its chunks."""
+    return [(match.runs[0][0], match.hit_tokens)] if match.runs else []

@@ -1,0 +1,8 @@
+"""Tiers, fast to slow: where chunks are kept and how they move between places."""
+
+from __future__ import annotations
+
+from .ram import NewChunk, RamTier
+from .slow import SlowTier, TierStats, Write
+
+__all__ = ["NewChunk", "RamTier", "SlowTier", "TierStats", "Write"]

@@ -1,0 +1,213 @@
+"""The RAM tier: slots, what is in them, and who goes when room is needed. Not thread-safe: the store's lock guards it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..chunks import TOKEN_BYTES, ChunkKey
+from ..config import StoreConfig
+from ..errors import CapacityError
+from ..events import Emitter
+from ..eviction import make_policy
+from ..eviction.base import EvictionPolicy
+from ..eviction.chain import ChainAware
+from ..index import ContentIndex, Node, PrefixIndex
+from ..index.content import chunk_fingerprints, root_seed
+from ..layout import KVLayout
+from ..pool import HostPool
+from ..record import payload_offset
+
+__all__ = ["NewChunk", "RamTier"]
+
+
+@dataclass(slots=True)
+class NewChunk:
+    """A chunk on its way into the RAM tier: its slot is taken, nobody sees it yet.
+
+    Args:
+        key, parent, root: of the chunk, of what it extends, of its namespace.
+        piece: its tokens, little-endian uint32.
+        start: position of its first token.
+        slot: where its KV goes.
+    """
+
+    key: ChunkKey
+    parent: ChunkKey
+    root: ChunkKey
+    piece: bytes
+    start: int
+    slot: int
+
+
+class _Unavailable:
+    """Keys that must not be evicted now: pinned ones, and those of the text that room is made for."""
+
+    __slots__ = ("_index", "_protected")
+
+    def __init__(self, index: PrefixIndex, protected: Container[ChunkKey]) -> None:
+        self._index = index
+        self._protected = protected
+
+    def __contains__(self, key: object) -> bool:
+        node = self._index.get(key)  # type: ignore[arg-type]  # policies ask with the keys they were given
+        return node is None or node.pins > 0 or key in self._protected
+
+
+class RamTier:
+    """Chunks in slots of host memory.
+
+    Raises:
+        CapacityError: the capacity is below one chunk.
+    """
+
+    name = "ram"
+
+    def __init__(self, config: StoreConfig, layout: KVLayout, emit: Emitter) -> None:
+        self.layout = layout
+        self.payload_offset = payload_offset(layout.chunk_tokens)
+        slot_bytes = self.payload_offset + layout.chunk_bytes
+        slot_bytes = -(-slot_bytes // 4096) * 4096
+        slots = config.ram_capacity // slot_bytes
+        if slots < 1:
+            raise CapacityError(
+                f"ram_capacity: expected at least one chunk of {slot_bytes} bytes ({layout.chunk_tokens} tokens); "
+                f"got {config.ram_capacity}: raise it or use smaller chunks"
+            )
+        self.pool = HostPool(slot_bytes, slots, extent_bytes=config.ram_extent, shared=config.ram_shared)
+        self.index = PrefixIndex()
+        self.content = ContentIndex()
+        policy = make_policy(config.ram_policy, slots)
+        self.policy: EvictionPolicy = ChainAware(policy, self.index) if config.chain_aware else policy
+        self.evictions = 0
+        self._nodes: list[Node | None] = []  # by slot
+        self._fingerprints: list[int] = []  # by slot; -1 = not in the content index
+        self._starts: list[int] = []  # by slot: position of the chunk's first token in its text
+        self._roots: list[ChunkKey | None] = []  # by slot: root of the chunk's namespace
+        self._emit = emit
+
+    def payload(self, slot: int, tokens: int) -> memoryview:
+        """The payload of a chunk of ``tokens`` tokens in a slot."""
+        begin = self.payload_offset
+        return self.pool.view(slot)[begin : begin + tokens * self.layout.token_bytes]
+
+    def make_room(self, n: int, protected: Container[ChunkKey]) -> int:
+        """Evict until ``n`` slots can be allocated, or as many as can be; returns how many that is."""
+        missing = n - self.pool.available
+        unavailable = _Unavailable(self.index, protected)
+        ask = missing
+        while missing > 0 and ask > 0:
+            victims = self.policy.victims(ask, unavailable)
+            if victims is None:
+                ask //= 2
+                continue
+            for key in victims:
+                node = self.index.get(key)
+                assert node is not None, "a policy named a key that is not held"
+                self.drop(node)
+            self.evictions += len(victims)
+            self._emit("evicted", self.name, chunks=len(victims))
+            missing -= len(victims)
+            ask = min(ask, missing)
+        return n - max(0, missing)
+
+    def drop(self, node: Node) -> None:
+        """Hold a chunk no longer and free its slot. Its pins must be gone."""
+        slot = node.slot
+        self.policy.remove(node.key)
+        self.index.remove(node)
+        if self._fingerprints[slot] >= 0:
+            self.content.discard(self._fingerprints[slot], slot)
+        self._nodes[slot] = None
+        self.pool.release((slot,))
+
+    def commit(self, chunks: Sequence[NewChunk]) -> list[tuple[Node, NewChunk]]:
+        """Make filled slots visible. A chunk that came in by another way meanwhile gives its slot back and is left out."""
+        done: list[tuple[Node, NewChunk]] = []
+        index = self.index
+        for chunk in chunks:
+            if index.get(chunk.key) is not None:
+                self.pool.release((chunk.slot,))
+                continue
+            done.append((index.insert(chunk.key, chunk.parent, chunk.piece, chunk.slot), chunk))
+        self._grow_tables()
+        nodes = self._nodes
+        for node, chunk in done:
+            nodes[chunk.slot] = node
+            self._fingerprints[chunk.slot] = -1
+            self._starts[chunk.slot] = chunk.start
+            self._roots[chunk.slot] = chunk.root
+        insert = self.policy.insert
+        for node, _ in done if self.policy.newest_first else reversed(done):
+            insert(node.key)
+        self._index_content([chunk for _, chunk in done])
+        for node, chunk in done:
+            if node.parent is None or isinstance(node.parent.children, Node):
+                continue  # an only child makes nobody redundant
+            for sibling in index.covered_siblings(chunk.parent, chunk.piece):
+                if sibling.pins == 0 and sibling.children is None:
+                    self.drop(sibling)
+        return done
+
+    def touch(self, nodes: Sequence[Node]) -> None:
+        """Count one use of a text's chunks, given first to last."""
+        touch = self.policy.touch
+        for node in nodes if self.policy.newest_first else reversed(nodes):
+            touch(node.key)
+
+    def node_in(self, slot: int) -> Node | None:
+        """The chunk in a slot."""
+        return self._nodes[slot] if slot < len(self._nodes) else None
+
+    def start_of(self, slot: int) -> int:
+        """Where the chunk in a slot begins in its text."""
+        return self._starts[slot]
+
+    def root_of(self, slot: int) -> ChunkKey | None:
+        """The namespace root of the chunk in a slot."""
+        return self._roots[slot]
+
+    def clear(self) -> int:
+        """Drop every chunk that is not pinned, extensions first; returns how many stay."""
+        waiting = sorted(self.index, key=lambda node: -len(self.index.chain(node)))
+        for node in waiting:
+            if node.pins == 0:
+                self.drop(node)
+        return len(self.index)
+
+    def _grow_tables(self) -> None:
+        missing = len(self.pool._used) - len(self._nodes)
+        if missing > 0:
+            self._nodes.extend([None] * missing)
+            self._fingerprints.extend([-1] * missing)
+            self._starts.extend([0] * missing)
+            self._roots.extend([None] * missing)
+
+    def _index_content(self, chunks: Iterable[NewChunk]) -> None:
+        width = self.layout.chunk_tokens
+        by_root: dict[ChunkKey, list[NewChunk]] = {}
+        for chunk in chunks:
+            if len(chunk.piece) == width * TOKEN_BYTES:
+                by_root.setdefault(chunk.root, []).append(chunk)
+        for root, full in by_root.items():
+            tokens = np.frombuffer(b"".join(chunk.piece for chunk in full), "<u4")
+            prints = chunk_fingerprints(tokens, width, root_seed(root))
+            for chunk, fingerprint in zip(full, prints.tolist(), strict=True):
+                self._fingerprints[chunk.slot] = fingerprint
+            self.content.add(prints, [chunk.slot for chunk in full])
+
+    def _check(self) -> None:
+        self.pool._check()
+        self.index._check()
+        self.content._check()
+        self.policy._check()
+        held = {node.slot: node for node in self.index}
+        assert len(held) == len(self.index) == len(self.policy)
+        assert all(node.key in self.policy for node in self.index)
+        assert {slot: node for slot, node in enumerate(self._nodes) if node is not None} == held
+        assert all(self.pool._used[slot] for slot in held)
+        full = {node.slot for node in self.index if len(node.tokens) == self.layout.chunk_tokens * TOKEN_BYTES}
+        assert full == {slot for slot, fingerprint in enumerate(self._fingerprints) if fingerprint >= 0 and slot in held}
+        assert len(self.content) == len(full)

@@ -1,0 +1,436 @@
+"""A slow tier: records in a backend, read into slots and written from them, behind a breaker.
+
+What goes wrong in the backend ends here, as an event and a miss.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..backends.base import Backend, Bounded, Clearable, LocalIndex, Syncing
+from ..chunks import TOKEN_BYTES, ChunkKey
+from ..codecs import Codec, make_codec
+from ..config import StoreConfig, TierConfig
+from ..errors import CapacityError, ConfigError, CorruptRecordError
+from ..events import Emitter
+from ..eviction import make_policy
+from ..index import Node
+from ..layout import KVLayout
+from ..record import payload_offset, seal, verify
+from .breaker import Breaker
+from .mirror import Mirror
+from .ram import NewChunk
+from .writer import WriteBehind
+
+__all__ = ["SlowTier", "TierStats", "Write"]
+
+Result = TypeVar("Result")
+
+#: Records a write transaction holds: enough to share its sync, few enough that RAM is not held up for long.
+_WRITE_BATCH = 8
+#: Leases whose use is noted together.
+_TOUCH_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """Counts of one tier.
+
+    Args:
+        name: the tier's.
+        capacity_bytes, used_bytes: its quota, and what counts towards it; 0 where it does not say.
+        chunks: held now; -1 where it does not say.
+        hit_tokens: tokens that leases took from it.
+        read_chunks, written_chunks: records read from and written to it (0 for RAM).
+        evictions: chunks that it gave up for room.
+        waiting_writes: chunks on their way to it.
+        enabled: not switched off by its breaker.
+    """
+
+    name: str
+    capacity_bytes: int
+    used_bytes: int
+    chunks: int
+    hit_tokens: int = 0
+    read_chunks: int = 0
+    written_chunks: int = 0
+    evictions: int = 0
+    waiting_writes: int = 0
+    enabled: bool = True
+
+
+@dataclass(slots=True)
+class Write:
+    """A committed chunk on its way to slow tiers; its node is pinned until then. ``chunk`` = None asks to note uses."""
+
+    node: Node | None
+    chunk: NewChunk | None
+
+
+class SlowTier:
+    """One backend as a tier.
+
+    Args:
+        settings: the tier's part of the configuration.
+        config: for what all slow tiers share.
+        backend: opened already; the tier closes it.
+        slot_view: slot id -> its whole memory.
+        release: told of nodes that the tier needs no longer; takes the store's lock.
+
+    Raises:
+        ConfigError: an unknown policy or codec.
+        CapacityError: the capacity is below one chunk.
+    """
+
+    def __init__(
+        self,
+        settings: TierConfig,
+        config: StoreConfig,
+        layout: KVLayout,
+        backend: Backend,
+        *,
+        slot_view: Callable[[int], memoryview],
+        release: Callable[[Sequence[Node]], None],
+        emit: Emitter,
+    ) -> None:
+        self.name = settings.name
+        self.deadline = settings.deadline_seconds
+        self._capacity = settings.capacity
+        self.layout = layout
+        self.backend = backend
+        self.local = backend if isinstance(backend, LocalIndex) else None
+        self.evictions = self.read_chunks = self.written_chunks = 0
+        self._offset = payload_offset(layout.chunk_tokens)
+        self._slot_view = slot_view
+        self._release = release
+        self._emit = emit
+        self._itemsize = max(group.itemsize for group in layout.groups)
+        self._codecs: dict[str, Codec] = {}
+        self._codec = self._codec_named(settings.codec)
+        self._bounded = backend if isinstance(backend, Bounded) else None
+        self._mirror_lock = threading.Lock()
+        self._mirror: Mirror | None = None
+        if self._bounded is not None:
+            smallest = self._bounded.cost(self._offset + layout.chunk_bytes)
+            if self._bounded.capacity < smallest:
+                raise CapacityError(
+                    f"tier {self.name}: expected a capacity that leaves room for a chunk of {smallest} bytes; "
+                    f"got {settings.capacity} ({self._bounded.capacity} usable): raise it or use smaller chunks"
+                )
+            policy, limit = settings.policy, max(1, self._bounded.capacity // smallest)
+            make_policy(policy, limit)  # an unknown name is the caller's error now, not the tier's later
+            self._mirror = Mirror(self._bounded, lambda: make_policy(policy, limit), config.chain_aware)
+        self.breaker = Breaker(self.name, config.breaker_failures, config.breaker_seconds, emit)
+        self._threads = config.io_threads
+        self._readers = ThreadPoolExecutor(config.io_threads, thread_name_prefix=f"lmkv-{self.name}-read")
+        self._touches: list[list[ChunkKey]] = []
+        self.writer: WriteBehind[Write] = WriteBehind(
+            f"lmkv-{self.name}-write", config.write_queue, _WRITE_BATCH, self._write, self._give_up
+        )
+
+    def _codec_named(self, name: str) -> Codec:
+        if name not in self._codecs:
+            self._codecs[name] = make_codec(name, self._itemsize)
+        return self._codecs[name]
+
+    def _guarded(self, operation: str, call: Callable[[], Result], otherwise: Result) -> Result:
+        """``call()``, or ``otherwise`` and an event. Here failures of foreign code become misses."""
+        if not self.breaker.allows():
+            return otherwise
+        try:
+            result = call()
+        except Exception as error:  # the tier boundary
+            self.breaker.failure(operation, f"{type(error).__name__}: {error}")
+            return otherwise
+        self.breaker.success()
+        return result
+
+    # -- looking up ------------------------------------------------------------------------------------------------------
+
+    def match_prefix(self, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
+        """Leading chunks that a local index holds; 0 for a tier without one."""
+        local = self.local
+        return self._guarded("lookup", lambda: local.match_prefix(keys, pieces), 0) if local and keys else 0
+
+    def best_child(self, parent: ChunkKey, tokens: bytes) -> tuple[ChunkKey, bytes, int] | None:
+        """As :meth:`lmkv.backends.base.LocalIndex.best_child`."""
+        local = self.local
+        return self._guarded("lookup", lambda: local.best_child(parent, tokens), None) if local and tokens else None
+
+    def probe(self, keys: Sequence[ChunkKey]) -> Future[int]:
+        """How many leading keys a tier without a local index holds, asked on a thread of the tier's."""
+        return self._readers.submit(self._guarded, "lookup", lambda: self._count_leading(keys), 0)
+
+    def _count_leading(self, keys: Sequence[ChunkKey]) -> int:
+        there = self.backend.contains_many(keys)
+        return there.index(False) if False in there else len(there)
+
+    def mirror(self) -> tuple[Mirror, threading.Lock] | None:
+        """The mirror, caught up, with the lock to hold while using it; ``None`` where the backend lists nothing."""
+        mirror = self._mirror
+        if mirror is None:
+            return None
+
+        def sync() -> bool:
+            with self._mirror_lock:
+                mirror.sync()
+            return True
+
+        return (mirror, self._mirror_lock) if self._guarded("lookup", sync, False) else None
+
+    def tokens_of(self, key: ChunkKey) -> bytes | None:
+        """The tokens of a record that a bounded tier holds."""
+        bounded = self._bounded
+        return self._guarded("lookup", lambda: bounded.tokens_of(key), None) if bounded else None
+
+    # -- reading ---------------------------------------------------------------------------------------------------------
+
+    def batch_size(self, chunks: int) -> int:
+        """How many of ``chunks`` records one reading thread should take."""
+        return max(1, min(8, -(-chunks // self._threads)))
+
+    def read(self, chunks: Sequence[NewChunk]) -> Future[list[bool]]:
+        """Fill the chunks' slots from their records, on a thread of the tier's; tells which are there and proved whole."""
+        return self._readers.submit(self._guarded, "read", lambda: self._read(chunks), [False] * len(chunks))
+
+    def _read(self, chunks: Sequence[NewChunk]) -> list[bool]:
+        raw = self._codec.name == "raw"
+        buffers: list[memoryview] = []
+        for chunk in chunks:
+            size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
+            view = self._slot_view(chunk.slot)
+            buffers.append(view if raw else memoryview(bytearray(self._offset + max(size, self._codec.bound(size)))))
+        sizes = self.backend.read_many([chunk.key for chunk in chunks], buffers)
+        done: list[bool] = []
+        for chunk, buffer, size_read in zip(chunks, buffers, sizes, strict=True):
+            if size_read is None:
+                self._emit("load_failed", self.name, key=chunk.key.hex(), reason="it is not there any more")
+                done.append(False)
+                continue
+            try:
+                self._unpack(chunk, buffer[:size_read])
+                done.append(True)
+            except (CorruptRecordError, ConfigError) as error:
+                self._emit("corrupt", self.name, key=chunk.key.hex(), reason=str(error))
+                self.delete([chunk.key])
+                done.append(False)
+        self.read_chunks += sum(done)
+        return done
+
+    def _unpack(self, chunk: NewChunk, record: memoryview) -> None:
+        """Prove a record and leave its payload in the chunk's slot.
+
+        Raises:
+            CorruptRecordError: it is not this chunk's whole record.
+            ConfigError: it is encoded by a codec that is not to be had.
+        """
+        header = verify(
+            record, key=chunk.key, parent=chunk.parent, root=chunk.root, layout=self.layout.fingerprint, start=chunk.start
+        )
+        if header.tokens != chunk.piece:
+            raise CorruptRecordError("expected the tokens that were looked up; the record holds others")
+        size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
+        slot = self._slot_view(chunk.slot)
+        place = slot[self._offset : self._offset + size]
+        stored = record[header.payload_offset :]
+        in_place = header.codec == "raw" and self._codec.name == "raw" and header.payload_offset == self._offset
+        if in_place and len(stored) == size:
+            return
+        if self._codec.name == "raw":  # read into the slot itself: decode from a copy
+            stored = memoryview(bytes(stored))
+        self._codec_named(header.codec).decode(stored, place)
+
+    # -- writing ---------------------------------------------------------------------------------------------------------
+
+    def offer(self, writes: Sequence[Write]) -> None:
+        """Queue committed chunks; never waits."""
+        self.writer.put(writes)
+
+    def touch(self, keys: list[ChunkKey]) -> None:
+        """Note a use of a text's chunks, first to last; what a bounded tier keeps should not look unused there."""
+        if self._bounded is None or not keys:
+            return
+        self._touches.append(keys)
+        if len(self._touches) >= _TOUCH_BATCH:
+            self.writer.put([Write(None, None)])
+
+    def _give_up(self, writes: Sequence[Write], reason: str) -> None:
+        chunks = [write.node for write in writes if write.node is not None]
+        if chunks:
+            self._release(chunks)
+            self._emit("write_dropped", self.name, chunks=len(chunks), reason=reason)
+
+    def _write(self, writes: list[Write]) -> None:
+        chunks = [write.chunk for write in writes if write.chunk is not None]
+        nodes = [write.node for write in writes if write.node is not None]
+        try:
+            self._note_touches()
+            if chunks and not self._guarded("write", lambda: self._store(chunks), False):
+                self._emit("write_dropped", self.name, chunks=len(chunks), reason="the tier failed or has no room")
+        finally:
+            self._release(nodes)
+
+    def _note_touches(self) -> None:
+        bounded, touches = self._bounded, self._touches
+        if bounded is None or not touches or self._mirror is None:
+            return
+        self._touches = []
+        newest_first = self._mirror.policy.newest_first
+        keys = [key for text in touches for key in (text if newest_first else reversed(text))]
+        self._guarded("touch", lambda: bounded.touch_many(keys), None)
+
+    def _store(self, chunks: list[NewChunk]) -> bool:
+        there = self.backend.contains_many([chunk.key for chunk in chunks])
+        missing = [chunk for chunk, held in zip(chunks, there, strict=True) if not held]
+        if not missing:
+            return True
+        records = [self._pack(chunk) for chunk in missing]
+        newest_first = self._mirror is not None and self._mirror.policy.newest_first
+        order = range(len(missing)) if newest_first else range(len(missing) - 1, -1, -1)
+        stored = self._put([missing[i] for i in order], [records[i] for i in order])
+        if stored:
+            size = sum(map(len, records))
+            self.written_chunks += len(missing)
+            tokens = sum(len(chunk.piece) for chunk in missing) // TOKEN_BYTES
+            self._emit("stored", self.name, chunks=len(missing), tokens=tokens, bytes=size)
+            self._drop_covered(missing)
+        return stored
+
+    def _pack(self, chunk: NewChunk) -> memoryview:
+        """The chunk's record: the slot itself where the payload is kept raw."""
+        size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
+        record = self._slot_view(chunk.slot)[: self._offset + size]
+        if self._codec.name != "raw":
+            encoded = self._codec.encode(record[self._offset :])
+            size = len(encoded)
+            record = memoryview(bytearray(self._offset + size))
+            record[self._offset :] = encoded
+        seal(
+            record,
+            key=chunk.key,
+            parent=chunk.parent,
+            root=chunk.root,
+            layout=self.layout.fingerprint,
+            start=chunk.start,
+            tokens=chunk.piece,
+            offset=self._offset,
+            payload_bytes=size,
+            codec=self._codec.name,
+        )
+        return record
+
+    def _put(self, chunks: list[NewChunk], records: list[memoryview]) -> bool:
+        """Write, making room where the backend says there is none."""
+        keys = [chunk.key for chunk in chunks]
+        for _ in range(16):
+            try:
+                self.backend.write_many(keys, records)
+                return True
+            except CapacityError:
+                if not self._evict_for(chunks, records):
+                    break
+        if len(chunks) == 1:
+            return False
+        half = len(chunks) // 2
+        first = self._put(chunks[:half], records[:half])
+        return self._put(chunks[half:], records[half:]) and first
+
+    def _evict_for(self, chunks: Sequence[NewChunk], records: Sequence[memoryview]) -> bool:
+        """Delete what the policy names until the records should fit; ``False`` if nothing could go."""
+        bounded, mirror = self._bounded, self._mirror
+        if bounded is None or mirror is None:
+            return False
+        incoming = sum(bounded.cost(len(record)) for record in records)
+        # a backend that is full before its quota is reached has its free space in pieces: free as much as comes
+        excess = max(bounded.used_bytes() + incoming - bounded.capacity, min(incoming, bounded.used_bytes()))
+        protected = {key for chunk in chunks for key in (chunk.key, chunk.parent)}
+        target = bounded.used_bytes() - excess
+        evicted = 0
+        with self._mirror_lock:
+            mirror.sync()
+            while bounded.used_bytes() > target:
+                victims = mirror.victims(len(records), protected)
+                if not victims:
+                    break
+                self.backend.delete_many(victims)
+                for key in victims:
+                    mirror.remove(key)
+                evicted += len(victims)
+        if evicted:
+            self.evictions += evicted
+            self._emit("evicted", self.name, chunks=evicted)
+        return evicted > 0
+
+    def _drop_covered(self, chunks: Sequence[NewChunk]) -> None:
+        """Delete short chunks that longer ones just written make redundant."""
+        if self.local is None:
+            return
+        covered = [key for chunk in chunks for key in self.local.covered_siblings(chunk.parent, chunk.piece)]
+        if covered:
+            self.delete(covered)
+
+    def delete(self, keys: Sequence[ChunkKey]) -> None:
+        """Remove records."""
+        self.backend.delete_many(keys)
+        if self._mirror is not None:
+            with self._mirror_lock:
+                for key in keys:
+                    self._mirror.remove(key)
+
+    # -- the rest --------------------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until what was committed is in the backend and durable there."""
+        if self._touches:
+            self.writer.put([Write(None, None)])
+        done = self.writer.flush(timeout)
+        backend = self.backend
+        if isinstance(backend, Syncing):
+            self._guarded("sync", backend.sync, None)
+        return done
+
+    def clear(self) -> None:
+        """Drop everything the backend can drop."""
+        self.writer.flush(self.deadline)
+        backend = self.backend
+        if isinstance(backend, Clearable):
+            self._guarded("clear", backend.clear, None)
+            if self._mirror is not None:
+                with self._mirror_lock:
+                    self._mirror.reset()
+
+    def close(self, timeout: float | None) -> bool:
+        """Write what waits, for at most ``timeout`` seconds, and close the backend."""
+        done = self.flush(timeout)
+        done = self.writer.close(timeout) and done
+        self._readers.shutdown(wait=done, cancel_futures=True)
+        if done:  # a backend that somebody still hangs in can't be closed safely
+            self._guarded("close", self.backend.close, None)
+        return done
+
+    def stats(self, hit_tokens: int) -> TierStats:
+        """Counts since the tier was opened, ``hit_tokens`` as the store counted them."""
+        bounded = self._bounded
+        used, chunks = self._guarded("stats", lambda: (bounded.used_bytes(), bounded.count()), (0, -1)) if bounded else (0, -1)
+        return TierStats(
+            self.name,
+            bounded.capacity if bounded else self._capacity,
+            used,
+            chunks,
+            hit_tokens=hit_tokens,
+            read_chunks=self.read_chunks,
+            written_chunks=self.written_chunks,
+            evictions=self.evictions,
+            waiting_writes=len(self.writer),
+            enabled=not self.breaker.open,
+        )
+
+    def _check(self) -> None:
+        if self._mirror is not None:
+            with self._mirror_lock:
+                self._mirror.sync()
+                self._mirror._check()

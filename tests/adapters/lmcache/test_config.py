@@ -1,0 +1,184 @@
+"""LMCache's keys and variables: what is translated, what is only named, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmkv.adapters.lmcache import load_config, translate
+from lmkv.config import StoreConfig
+from lmkv.errors import ConfigError
+
+GIB = 1024**3
+
+
+def test_the_usual_example_needs_no_warning() -> None:
+    out = translate({"chunk_size": 256, "local_cpu": True, "max_local_cpu_size": 5})
+    assert out.settings == {"chunk_size": 256, "ram_capacity": 5 * GIB, "disk_capacity": 0}
+    assert out.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("written", "native"),
+    [
+        ({"max_local_cpu_size": "0.5", "disk_capacity": 7}, {"ram_capacity": GIB // 2, "disk_capacity": 7}),
+        ({"local_disk": "file:///data/kv/"}, {"disk_path": "/data/kv/"}),
+        ({"local_disk": "/data/kv", "max_local_disk_size": 50}, {"disk_path": "/data/kv", "disk_capacity": 50 * GIB}),
+        ({"local_disk": "file://kv/"}, {"disk_path": "kv/"}),
+        ({"save_unfull_chunk": "False"}, {"save_partial_chunk": False, "disk_capacity": 0}),
+        ({"cache_policy": "LFU"}, {"ram_policy": "lfu", "disk_policy": "lfu", "disk_capacity": 0}),
+        ({"blocking_timeout_secs": 3}, {"deadline_seconds": 3.0, "disk_capacity": 0}),
+        ({"pin_timeout_sec": 300}, {"lease_seconds": 300.0, "disk_capacity": 0}),
+        ({"pre_caching_hash_algorithm": "sha256_cbor_64bit"}, {"key_hash": "sha256", "disk_capacity": 0}),
+        ({"ram_capacity": "2GiB"}, {"ram_capacity": "2GiB"}),
+        ({"chunk_size": 8}, {"chunk_size": 8}),
+        ({}, {}),
+    ],
+)
+def test_keys_that_mean_something(written: dict[str, object], native: dict[str, object]) -> None:
+    out = translate(written)
+    assert out.settings == native
+    assert out.warnings == []
+    StoreConfig.from_dict(out.settings)  # a store takes what came out
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "remote_url", "remote_serde", "nixl_buffer_size", "nixl_buffer_device", "pd_role", "pd_peer_host", "enable_p2p",
+        "p2p_init_ports", "enable_controller", "controller_pull_url", "lmcache_worker_ports", "use_layerwise", "gds_path",
+        "enable_blending", "enable_xpyd", "internal_api_server_enabled", "numa_mode", "weka_path", "enable_async_loading",
+        "lookup_timeout_ms",
+    ],
+)  # fmt: skip
+def test_keys_without_effect_are_named(key: str) -> None:
+    out = translate({key: "8200"}, where="lmc.yaml")
+    assert len(out.warnings) == 1
+    assert out.warnings[0].startswith(f"lmc.yaml: {key} has no effect: ")
+    assert out.settings == {"disk_capacity": 0}
+
+
+@pytest.mark.parametrize("value", [None, False, "null", "false"])
+def test_what_is_switched_off_needs_no_warning(value: object) -> None:
+    assert translate({"enable_p2p": value, "remote_url": None}).warnings == []
+
+
+def test_what_is_understood_only_in_part_is_said() -> None:
+    out = translate(
+        {
+            "local_cpu": False,
+            "local_disk": "file:///a,file:///b",
+            "pre_caching_hash_algorithm": "blake3",
+            "extra_config": "{use_odirect: True, lookup_backoff_time: 0.001, save_chunk_meta: False}",
+        }
+    )
+    assert out.settings == {"disk_path": "/a", "key_hash": "sha256"}
+    text = "\n".join(out.warnings)
+    for part in ("local_cpu: false has no effect", "/a is used", "blake3", "extra_config.use_odirect", "lookup_backoff_time"):
+        assert part in text
+    assert "save_chunk_meta" not in text
+
+
+def test_a_disk_size_without_a_directory_keeps_nothing_on_disk() -> None:
+    out = translate({"max_local_disk_size": 50})
+    assert out.settings == {"disk_capacity": 0}
+    assert "local_disk names no directory" in out.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"chunk_sise": 256}, "unknown key 'chunk_sise'; did you mean 'chunk_size'"),
+        ({"max_local_cpu_sise": 5}, "did you mean 'max_local_cpu_size'"),
+        ({"remote_ulr": "x"}, "did you mean 'remote_url'"),
+        ({"qqqq": 1}, "known keys: "),
+        ({"local_cpu": "perhaps"}, "local_cpu: expected true or false; got 'perhaps'"),
+        ({"max_local_cpu_size": "5GB"}, "max_local_cpu_size: expected a number of GiB; got '5GB'"),
+        ({"max_local_cpu_size": 0}, "expected more than 0 GiB"),
+        ({"max_local_disk_size": -1}, "at least 0"),
+        ({"max_local_cpu_size": True}, "expected a number of GiB; got True"),
+        ({"local_disk": ["/a"]}, "expected a path or file:///path"),
+        ({"local_disk": "file://"}, "expected a path or file:///path"),
+        ({"extra_config": "[1, 2]"}, "extra_config: expected keys and values"),
+        ({"extra_config": "{a: "}, "expected YAML"),
+        ({"ram_capacity": 1, "max_local_cpu_size": 5}, "ram_capacity = 1 and max_local_cpu_size = 5368709120 (both set it)"),
+    ],
+)
+def test_what_is_wrong_is_refused(written: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        translate(written, where="lmc.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("lmc.yaml")
+
+
+def test_an_unknown_policy_is_refused_by_the_store_config_or_later() -> None:
+    assert translate({"cache_policy": "Newest"}).settings["ram_policy"] == "newest"
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    path = tmp_path / "example.yaml"
+    path.write_text("chunk_size: 256\nlocal_cpu: true\nmax_local_cpu_size: 5\n", encoding="utf-8")
+    return path
+
+
+def test_later_sources_win(yaml_file: Path) -> None:
+    assert load_config(yaml_file, environ={}).config.ram_capacity == 5 * GIB
+    environ = {"LMCACHE_MAX_LOCAL_CPU_SIZE": "2", "LMCACHE_CHUNK_SIZE": "8"}
+    config = load_config(yaml_file, environ=environ).config
+    assert (config.ram_capacity, config.chunk_size) == (2 * GIB, 8)
+    environ["LMKV_RAM_CAPACITY"] = "3GiB"
+    assert load_config(yaml_file, environ=environ).config.ram_capacity == 3 * GIB
+    assert load_config(yaml_file, environ=environ, overrides={"max_local_cpu_size": "1"}).config.ram_capacity == GIB
+    assert load_config(yaml_file, environ=environ, overrides={"ram_capacity": "7MiB"}).config.ram_capacity == 7 * 1024**2
+
+
+def test_files_named_by_the_environment(yaml_file: Path, tmp_path: Path) -> None:
+    assert load_config(environ={"LMCACHE_CONFIG_FILE": str(yaml_file)}).config.ram_capacity == 5 * GIB
+    other = tmp_path / "native.yaml"
+    other.write_text("ram_capacity: 6GiB\n", encoding="utf-8")
+    both = {"LMCACHE_CONFIG_FILE": str(yaml_file), "LMKV_CONFIG_FILE": str(other)}
+    assert load_config(environ=both).config.ram_capacity == 6 * GIB
+    assert load_config(yaml_file, environ=both).config.ram_capacity == 5 * GIB
+
+
+def test_disk_follows_whoever_asks_for_it(yaml_file: Path) -> None:
+    assert load_config(yaml_file, environ={}).config.disk_capacity == 0
+    assert load_config(environ={}).config.disk_capacity > 0  # LMKV's own default
+    asked = load_config(yaml_file, environ={}, overrides={"disk_path": "/d"}).config
+    assert (asked.disk_path, asked.disk_capacity) == ("/d", 10 * GIB)
+    assert load_config(yaml_file, environ={"LMKV_DISK_PATH": "/d"}).config.disk_capacity == 10 * GIB
+    assert load_config(yaml_file, environ={"LMKV_DISK_CAPACITY": "1GiB"}).config.disk_capacity == GIB
+    environ = {"LMCACHE_LOCAL_DISK": "file:///data/kv/", "LMCACHE_MAX_LOCAL_DISK_SIZE": "50", "LMCACHE_LOCAL_CPU": "False"}
+    loaded = load_config(environ=environ)
+    assert (loaded.config.disk_path, loaded.config.disk_capacity) == ("/data/kv/", 50 * GIB)
+    assert len(loaded.warnings) == 1
+    assert "LMCACHE_LOCAL_CPU" in loaded.warnings[0]
+
+
+def test_variables_that_steer_other_programs_are_passed_over() -> None:
+    environ = {
+        "LMCACHE_USE_EXPERIMENTAL": "True",
+        "LMCACHE_LOG_LEVEL": "DEBUG",
+        "LMCACHE_EC_ANY": "1",
+        "LMKV_TOKEN": "t",
+        "HOME": "/",
+        "LMCACHE_EXTRA_CONFIG": "{use_odirect: True}",
+    }
+    loaded = load_config(environ=environ)
+    assert len(loaded.warnings) == 1
+    assert "use_odirect" in loaded.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"), [("LMCACHE_CHUNKSIZE", "LMCACHE_CHUNK_SIZE"), ("LMKV_RAM_CAPACITI", "LMKV_RAM_CAPACITY")]
+)
+def test_unknown_variables_are_refused(variable: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown variable {variable}; did you mean {near}"):
+        load_config(environ={variable: "1"})
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a readable YAML file"):
+        load_config(tmp_path / "none.yaml", environ={})
