@@ -24,7 +24,7 @@ from .index import Node
 from .layout import KVLayout
 from .loading import Loader
 from .tiers import NewChunk, RamTier, SlowTier, TierStats, Write
-from .transfer import as_access, gather, scatter
+from .transfer import Part, as_access, gather, scatter
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
 
@@ -231,10 +231,14 @@ class Store:
         access.check(self.layout, start, stop)
         if not lease.held:
             return 0
-        for slot in lease.slots:
-            begin, end = max(start, slot.start), min(stop, slot.start + slot.tokens)
-            if begin < end:
-                scatter(slot.payload, self.layout, (slot.start, slot.start + slot.tokens), access, begin, end)
+        parts = [
+            Part(
+                slot.payload, slot.start, slot.start + slot.tokens, max(start, slot.start), min(stop, slot.start + slot.tokens)
+            )
+            for slot in lease.slots
+            if start < slot.start + slot.tokens and slot.start < stop
+        ]
+        scatter(access, parts, self.layout)
         with self._lock:  # a lease that lost its hold may have been overwritten under the copy
             return stop - start if lease.held else 0
 
@@ -352,10 +356,12 @@ class Store:
         with self.reserve(tokens, start=start, namespace=namespace) as reservation:
             if not reservation.chunks:
                 return 0
-            last = reservation.slots[-1]
-            access.check(self.layout, reservation.slots[0].start, last.start + last.tokens)
-            for slot in reservation.slots:
-                gather(access, slot.payload, self.layout, slot.start, slot.start + slot.tokens)
+            parts = [
+                Part(slot.payload, slot.start, slot.start + slot.tokens, slot.start, slot.start + slot.tokens)
+                for slot in reservation.slots
+            ]
+            access.check(self.layout, parts[0].start, parts[-1].stop)
+            gather(access, parts, self.layout)
             return reservation.commit()
 
     # -- holds -----------------------------------------------------------------------------------------------------------

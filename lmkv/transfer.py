@@ -1,31 +1,60 @@
 """Copies between slots and the tensors of whoever computes the KV.
 
 A :class:`KVAccess` describes tensors; ``gather`` fills a chunk's payload from them, ``scatter`` fills them from a payload.
-Bytes are moved, never converted: dtypes must agree. numpy does the copying, which releases the interpreter lock.
-torch is used only where the caller's tensors are torch's.
+Bytes are moved, never converted: dtypes must agree. The compiled part copies, or numpy where it was not built; both release
+the interpreter lock. torch is used only where the caller's tensors are torch's.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, LayoutMismatchError
+from .errors import ArgumentError, LayoutMismatchError, NativeError
 from .layout import DTYPES, KVLayout, dtype_name
 
-__all__ = ["DenseKV", "KVAccess", "PagedKV", "as_access", "gather", "payload_arrays", "scatter"]
+__all__ = ["DenseKV", "KVAccess", "PagedKV", "Part", "Segment", "as_access", "gather", "payload_arrays", "scatter"]
+
+#: By name, since it stands in ``native/``, where type checkers of this package do not look.
+_native: Any = importlib.import_module("lmkv._native")
 
 #: KV as unsigned integers of the elements' size: types that numpy lacks (bfloat16, float8) are bits like any other.
 Bits = npt.NDArray[Any]
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of a text that lie together in the caller's tensors.
+
+    Args:
+        first, last: the text positions.
+        block: index on the leading axis of the rows, 0 where they have none.
+        index: index along the tokens' axis of ``first``.
+    """
+
+    first: int
+    last: int
+    block: int
+    index: int
+
+
 @runtime_checkable
 class KVAccess(Protocol):
-    """Tensors that hold the KV of a run of text positions."""
+    """Tensors that hold the KV of a run of text positions.
+
+    Attributes:
+        rows: after :meth:`check`, one array of bits a layer and kind (K, V, K, V, …), views of the caller's memory of shape
+            [blocks, heads, tokens, head_size].
+    """
+
+    rows: list[Bits]
 
     def check(self, layout: KVLayout, start: int, stop: int) -> None:
         """Prove that tokens ``start`` to ``stop`` of that layout are here.
@@ -35,11 +64,8 @@ class KVAccess(Protocol):
             ArgumentError: positions outside the tensors.
         """
 
-    def runs(self, layer: int, start: int, stop: int) -> Iterator[tuple[int, int, list[Bits]]]:
-        """``(first, last, [K, V])`` for pieces of tokens ``start`` to ``stop`` of one layer.
-
-        The arrays (one for an MLA latent) are views [heads, last - first, head_size] of the caller's memory.
-        """
+    def segments(self, start: int, stop: int) -> list[Segment]:
+        """Where checked tokens ``start`` to ``stop`` lie; the same for all rows."""
 
 
 def _bits(tensor: Any, layout_dtype: str, where: str) -> Bits:
@@ -88,23 +114,26 @@ class _Layers:
             raise ArgumentError(f"expected order 'HND' (heads, tokens, size) or 'NHD' (tokens, heads, size); got {order!r}")
         self._given = layers
         self.order = order
-        self._bits: list[list[Bits]] = []
+        self._rows: list[Bits] = []
         self._layout: KVLayout | None = None
 
-    def tensors(self, layout: KVLayout, ndim: int) -> list[list[Bits]]:
-        """``[layer][kv]`` with heads before tokens; ``ndim`` 3, or 4 with a leading block axis."""
+    def rows(self, layout: KVLayout, ndim: int) -> list[Bits]:
+        """``[layer and kind]`` of [blocks, heads, tokens, head_size]; the tensors have ``ndim`` 4, or 3 without blocks.
+
+        Raises:
+            LayoutMismatchError: the tensors do not have that layout.
+        """
         if self._layout == layout:
-            return self._bits
+            return self._rows
         shapes = _layer_shapes(layout)
         if len(self._given) != len(shapes):
             raise LayoutMismatchError(f"expected {len(shapes)} layers; got {len(self._given)}")
-        found: list[list[Bits]] = []
+        found: list[Bits] = []
         for i, (given, (kv, heads, size, dtype)) in enumerate(zip(self._given, shapes, strict=True)):
             parts = list(given) if isinstance(given, (tuple, list)) else [given[j] for j in range(kv)] if kv == 2 else [given]
             if len(parts) != kv:
                 what = "K and V" if kv == 2 else "one latent tensor"
                 raise LayoutMismatchError(f"layer {i}: expected {what}; got {len(parts)} tensors")
-            arrays = []
             for part, name in zip(parts, "KV", strict=False):
                 where = f"layer {i} {name}" if kv == 2 else f"layer {i}"
                 if kv == 1 and part.ndim == ndim - 1:  # a latent without a heads axis
@@ -120,9 +149,8 @@ class _Layers:
                     raise LayoutMismatchError(
                         f"{where}: expected {heads} heads of size {size} in order {self.order}; got shape {tuple(part.shape)}"
                     )
-                arrays.append(array)
-            found.append(arrays)
-        self._bits, self._layout = found, layout
+                found.append(array[None] if ndim == 3 else array)
+        self._rows, self._layout = found, layout
         return found
 
 
@@ -148,23 +176,19 @@ class DenseKV:
             layers = [[layers[i, j] for j in range(layers.shape[1])] for i in range(layers.shape[0])]
         self._layers = _Layers(layers, order)
         self._first = first_token
-        self._ready: list[list[Bits]] = []
+        self.rows: list[Bits] = []
 
     def check(self, layout: KVLayout, start: int, stop: int) -> None:
         """See :class:`KVAccess`."""
-        self._ready = self._layers.tensors(layout, 3)
-        for i, arrays in enumerate(self._ready):
-            for array in arrays:
-                held = (self._first, self._first + array.shape[1])
-                if start < held[0] or stop > held[1]:
-                    raise ArgumentError(
-                        f"layer {i}: expected tokens {start} to {stop}; the tensor holds {held[0]} to {held[1]}"
-                    )
+        self.rows = self._layers.rows(layout, 3)
+        for i, row in enumerate(self.rows):
+            held = (self._first, self._first + row.shape[2])
+            if start < held[0] or stop > held[1]:
+                raise ArgumentError(f"tensor {i}: expected tokens {start} to {stop}; it holds {held[0]} to {held[1]}")
 
-    def runs(self, layer: int, start: int, stop: int) -> Iterator[tuple[int, int, list[Bits]]]:
+    def segments(self, start: int, stop: int) -> list[Segment]:
         """See :class:`KVAccess`."""
-        begin, end = start - self._first, stop - self._first
-        yield start, stop, [array[:, begin:end] for array in self._ready[layer]]
+        return [Segment(start, stop, 0, start - self._first)]
 
 
 class PagedKV:
@@ -180,31 +204,31 @@ class PagedKV:
     def __init__(self, layers: Any, block_ids: Sequence[int], *, order: str = "NHD") -> None:
         self._layers = _Layers(layers, order)
         self._blocks = [int(block) for block in block_ids]
-        self._ready: list[list[Bits]] = []
+        self.rows: list[Bits] = []
 
     def check(self, layout: KVLayout, start: int, stop: int) -> None:
         """See :class:`KVAccess`."""
-        self._ready = self._layers.tensors(layout, 4)
-        for i, arrays in enumerate(self._ready):
-            for array in arrays:
-                blocks, size = array.shape[0], array.shape[2]
-                if stop > len(self._blocks) * size:
-                    raise ArgumentError(
-                        f"layer {i}: expected blocks for {stop} tokens; got {len(self._blocks)} of {size} tokens"
-                    )
-                for block in self._blocks[start // size : -(-stop // size)]:
-                    if not 0 <= block < blocks:
-                        raise ArgumentError(f"layer {i}: expected block ids from 0 to {blocks - 1}; got {block}")
+        self.rows = self._layers.rows(layout, 4)
+        shapes = {(row.shape[0], row.shape[2]) for row in self.rows}
+        if len(shapes) != 1:
+            raise LayoutMismatchError(f"expected as many blocks of as many tokens in all layers; got {sorted(shapes)}")
+        blocks, size = shapes.pop()
+        if start < 0 or stop > len(self._blocks) * size:
+            raise ArgumentError(f"expected blocks for tokens {start} to {stop}; got {len(self._blocks)} of {size} tokens")
+        for block in self._blocks[start // size : -(-stop // size)]:
+            if not 0 <= block < blocks:
+                raise ArgumentError(f"expected block ids from 0 to {blocks - 1}; got {block}")
 
-    def runs(self, layer: int, start: int, stop: int) -> Iterator[tuple[int, int, list[Bits]]]:
+    def segments(self, start: int, stop: int) -> list[Segment]:
         """See :class:`KVAccess`."""
-        arrays = self._ready[layer]
-        size = arrays[0].shape[2]
+        size = self.rows[0].shape[2]
+        found: list[Segment] = []
         while start < stop:
-            block, offset = divmod(start, size)
-            end = min(stop, start - offset + size)
-            yield start, end, [array[self._blocks[block], :, offset : offset + end - start] for array in arrays]
+            number, index = divmod(start, size)
+            end = min(stop, start - index + size)
+            found.append(Segment(start, end, self._blocks[number], index))
             start = end
+        return found
 
 
 def as_access(kv: Any) -> KVAccess:
@@ -224,26 +248,88 @@ def payload_arrays(payload: memoryview, layout: KVLayout, tokens: int) -> list[B
     return arrays
 
 
-def _pairs(
-    payload: memoryview, layout: KVLayout, held: tuple[int, int], access: KVAccess, start: int, stop: int
-) -> Iterator[tuple[Bits, Bits]]:
-    """Matching views of payload and tensors for tokens ``start`` to ``stop``; the payload holds those of ``held``."""
-    layer = 0
-    for array in payload_arrays(payload, layout, held[1] - held[0]):
-        for chunk_layer in array:
-            for first, last, parts in access.runs(layer, start, stop):
-                for kv, part in enumerate(parts):
-                    yield chunk_layer[kv, :, first - held[0] : last - held[0]], part
-            layer += 1
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens ``start`` to ``stop`` of a chunk whose payload holds those from ``first`` to ``last``."""
+
+    payload: memoryview
+    first: int
+    last: int
+    start: int
+    stop: int
 
 
-def gather(access: KVAccess, payload: memoryview, layout: KVLayout, start: int, stop: int) -> None:
-    """Fill a payload with tokens ``start`` to ``stop`` of checked tensors."""
-    for mine, theirs in _pairs(payload, layout, (start, stop), access, start, stop):
-        np.copyto(mine, theirs)
+def gather(access: KVAccess, parts: Sequence[Part], layout: KVLayout) -> None:
+    """Fill payloads from checked tensors."""
+    _move(access, parts, layout, into_payload=True)
 
 
-def scatter(payload: memoryview, layout: KVLayout, held: tuple[int, int], access: KVAccess, start: int, stop: int) -> None:
-    """Fill tokens ``start`` to ``stop`` of checked tensors from a payload that holds tokens ``held[0]`` to ``held[1]``."""
-    for mine, theirs in _pairs(payload, layout, held, access, start, stop):
-        np.copyto(theirs, mine)
+def scatter(access: KVAccess, parts: Sequence[Part], layout: KVLayout) -> None:
+    """Fill checked tensors from payloads.
+
+    Raises:
+        ArgumentError: one of the tensors is read-only; nothing was copied.
+    """
+    if not all(row.flags.writeable for row in access.rows):
+        raise ArgumentError("expected tensors that can be written; one is read-only: pass a writable copy")
+    _move(access, parts, layout, into_payload=False)
+
+
+def _move(access: KVAccess, parts: Sequence[Part], layout: KVLayout, *, into_payload: bool) -> None:
+    lib = _native.lib
+    if lib is None:
+        for part in parts:
+            for mine, theirs in _views(access, part, layout):
+                np.copyto(*((mine, theirs) if into_payload else (theirs, mine)))
+        return
+    boxes = _boxes(access, parts, layout, into_payload)
+    done = lib.lmkv_copy(_native.ffi.cast("lmkv_box *", boxes.ctypes.data), len(boxes))
+    if done < 0:
+        raise NativeError(f"expected a plan of valid copies; lmkv_copy refused number {-1 - done}: {boxes[-1 - done].tolist()}")
+
+
+def _views(access: KVAccess, part: Part, layout: KVLayout) -> Iterator[tuple[Bits, Bits]]:
+    """Matching views of payload and tensors."""
+    arrays = payload_arrays(part.payload, layout, part.last - part.first)
+    mine = [array[layer, kv] for array in arrays for layer in range(array.shape[0]) for kv in range(array.shape[1])]
+    for s in access.segments(part.start, part.stop):
+        for row, theirs in zip(mine, access.rows, strict=True):
+            there = theirs[s.block, :, s.index : s.index + s.last - s.first]
+            yield row[:, s.first - part.first : s.last - part.first], there
+
+
+#: Columns of ``lmkv_box`` in ``native/lmkv.h``.
+_SRC, _DST, _HEADS, _TOKENS, _RUN, _SRC_HEAD, _SRC_TOKEN, _DST_HEAD, _DST_TOKEN = range(9)
+
+
+@lru_cache(maxsize=64)
+def _row_geometry(layout: KVLayout) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of every row (layer and kind): heads, bytes of a head's token, bytes of all rows before it for one token."""
+    heads = np.array([g.heads for g in layout.groups for _ in range(g.layers * g.kv)], dtype=np.int64)
+    run = np.array([g.head_size * g.itemsize for g in layout.groups for _ in range(g.layers * g.kv)], dtype=np.int64)
+    return heads, run, np.cumsum(heads * run) - heads * run
+
+
+def _boxes(access: KVAccess, parts: Sequence[Part], layout: KVLayout, into_payload: bool) -> npt.NDArray[np.int64]:
+    """The plan for :c:func:`lmkv_copy`: one box a row and segment."""
+    heads, run, before = _row_geometry(layout)
+    table = np.array([(row.__array_interface__["data"][0], *row.strides[:3]) for row in access.rows], dtype=np.int64)
+    address, block_stride, head_stride, token_stride = table.T
+    mine, theirs = ((_DST, _DST_HEAD, _DST_TOKEN), (_SRC, _SRC_HEAD, _SRC_TOKEN))
+    if not into_payload:
+        mine, theirs = theirs, mine
+    segments = [(part, segment) for part in parts for segment in access.segments(part.start, part.stop)]
+    plan = np.empty((len(segments), len(heads), 9), dtype=np.int64)
+    plan[:, :, _HEADS] = heads
+    plan[:, :, _RUN] = run
+    plan[:, :, theirs[1]] = head_stride
+    plan[:, :, theirs[2]] = token_stride
+    plan[:, :, mine[2]] = run
+    for boxes, (part, s) in zip(plan, segments, strict=True):
+        held = part.last - part.first
+        payload = np.frombuffer(part.payload, np.uint8).__array_interface__["data"][0]
+        boxes[:, _TOKENS] = s.last - s.first
+        boxes[:, mine[0]] = payload + before * held + (s.first - part.first) * run
+        boxes[:, mine[1]] = held * run
+        boxes[:, theirs[0]] = address + s.block * block_stride + s.index * token_stride
+    return plan.reshape(-1, 9)

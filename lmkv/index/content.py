@@ -11,6 +11,7 @@ screens them, a table finds the chunk, and the tokens themselves prove the hit, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -54,11 +55,17 @@ def window_fingerprints(tokens: npt.NDArray[np.uint32], width: int, seed: int) -
     return prints
 
 
+@lru_cache(maxsize=16)
+def _chunk_weights(width: int) -> tuple[U64, np.uint64]:
+    """``f`` of one chunk as a weighted sum of its tokens plus a constant: m(t) is linear."""
+    weights: U64 = _powers(_B, width)[::-1] * np.uint64(_A)
+    return np.ascontiguousarray(weights), np.uint64(int(weights.sum(dtype=np.uint64)))
+
+
 def chunk_fingerprints(tokens: npt.NDArray[np.uint32], width: int, seed: int) -> U64:
     """Fingerprints of consecutive full chunks; ``len(tokens)`` is a multiple of ``width``."""
-    weights = _powers(_B, width)[::-1]
-    chunks = _mixed(tokens).reshape(-1, width)
-    prints: U64 = (chunks * weights).sum(axis=1, dtype=np.uint64) ^ np.uint64(seed)
+    weights, constant = _chunk_weights(width)
+    prints: U64 = (tokens.astype(np.uint64).reshape(-1, width) @ weights + constant) ^ np.uint64(seed)
     return prints
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sortedcontainers import SortedKeyList
 
-from ..chunks import ChunkKey, shared_tokens
+from ..chunks import TOKEN_BYTES, ChunkKey, shared_tokens
 from ..errors import ArgumentError
 
 __all__ = ["Node", "PrefixIndex"]
@@ -112,9 +112,14 @@ class PrefixIndex:
         else:
             at = node.children.bisect_key_left(tokens)
             near = []
-            while at > 0 and tokens.startswith(node.children[at - 1].tokens):
-                at -= 1
-                near.append(node.children[at])
+            while at > 0:
+                child = node.children[at - 1]
+                shared = shared_tokens(child.tokens, tokens) * TOKEN_BYTES
+                if shared == len(child.tokens):
+                    at -= 1
+                    near.append(child)
+                else:  # it parts from the tokens: what is left is at most as long as what they share
+                    at = node.children.bisect_key_right(tokens[:shared])
         return [child for child in near if len(child.tokens) < len(tokens) and tokens.startswith(child.tokens)]
 
     def insert(self, key: ChunkKey, parent: ChunkKey, tokens: bytes, slot: int) -> Node:

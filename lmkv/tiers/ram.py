@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class RamTier:
 
     def __init__(self, config: StoreConfig, layout: KVLayout, emit: Emitter) -> None:
         self.layout = layout
+        self._full_bytes = layout.chunk_tokens * TOKEN_BYTES
         self.payload_offset = payload_offset(layout.chunk_tokens)
         slot_bytes = self.payload_offset + layout.chunk_bytes
         slot_bytes = -(-slot_bytes // 4096) * 4096
@@ -83,8 +85,8 @@ class RamTier:
         self.policy: EvictionPolicy = ChainAware(policy, self.index) if config.chain_aware else policy
         self.evictions = 0
         self._nodes: list[Node | None] = []  # by slot
-        self._fingerprints: list[int] = []  # by slot; -1 = not in the content index
-        self._starts: list[int] = []  # by slot: position of the chunk's first token in its text
+        self._fingerprints = array("Q")  # by slot; of full chunks
+        self._starts = array("I")  # by slot: position of the chunk's first token in its text
         self._roots: list[ChunkKey | None] = []  # by slot: root of the chunk's namespace
         self._emit = emit
 
@@ -116,10 +118,10 @@ class RamTier:
     def drop(self, node: Node) -> None:
         """Hold a chunk no longer and free its slot. Its pins must be gone."""
         slot = node.slot
+        if len(node.tokens) == self._full_bytes:
+            self.content.discard(self._fingerprints[slot], slot)
         self.policy.remove(node.key)
         self.index.remove(node)
-        if self._fingerprints[slot] >= 0:
-            self.content.discard(self._fingerprints[slot], slot)
         self._nodes[slot] = None
         self.pool.release((slot,))
 
@@ -136,7 +138,6 @@ class RamTier:
         nodes = self._nodes
         for node, chunk in done:
             nodes[chunk.slot] = node
-            self._fingerprints[chunk.slot] = -1
             self._starts[chunk.slot] = chunk.start
             self._roots[chunk.slot] = chunk.root
         insert = self.policy.insert
@@ -181,19 +182,18 @@ class RamTier:
         missing = len(self.pool._used) - len(self._nodes)
         if missing > 0:
             self._nodes.extend([None] * missing)
-            self._fingerprints.extend([-1] * missing)
+            self._fingerprints.extend([0] * missing)
             self._starts.extend([0] * missing)
             self._roots.extend([None] * missing)
 
     def _index_content(self, chunks: Iterable[NewChunk]) -> None:
-        width = self.layout.chunk_tokens
         by_root: dict[ChunkKey, list[NewChunk]] = {}
         for chunk in chunks:
-            if len(chunk.piece) == width * TOKEN_BYTES:
+            if len(chunk.piece) == self._full_bytes:
                 by_root.setdefault(chunk.root, []).append(chunk)
         for root, full in by_root.items():
             tokens = np.frombuffer(b"".join(chunk.piece for chunk in full), "<u4")
-            prints = chunk_fingerprints(tokens, width, root_seed(root))
+            prints = chunk_fingerprints(tokens, self.layout.chunk_tokens, root_seed(root))
             for chunk, fingerprint in zip(full, prints.tolist(), strict=True):
                 self._fingerprints[chunk.slot] = fingerprint
             self.content.add(prints, [chunk.slot for chunk in full])
@@ -208,6 +208,4 @@ class RamTier:
         assert all(node.key in self.policy for node in self.index)
         assert {slot: node for slot, node in enumerate(self._nodes) if node is not None} == held
         assert all(self.pool._used[slot] for slot in held)
-        full = {node.slot for node in self.index if len(node.tokens) == self.layout.chunk_tokens * TOKEN_BYTES}
-        assert full == {slot for slot, fingerprint in enumerate(self._fingerprints) if fingerprint >= 0 and slot in held}
-        assert len(self.content) == len(full)
+        assert len(self.content) == sum(1 for node in self.index if len(node.tokens) == self._full_bytes)
