@@ -1,7 +1,7 @@
 """What the core costs, beside a memcpy of the same run: ``python tests/bench/core.py [--json] [--only NAME,…]``.
 
-One object a line with ``--json``: name, value, unit, reference, ratio. ``reference`` is a limit or a peer's figure (what it is stands
-in ``docs/benchmarks.md``), ``ratio`` = value / reference. Times are medians in milliseconds.
+One object a line with ``--json``: name, value, unit, reference, ratio. ``reference`` is a limit or a peer's figure (what it is
+stands in ``docs/benchmarks.md``), ``ratio`` = value / reference. Times are medians in milliseconds.
 """
 
 from __future__ import annotations
