@@ -1,0 +1,89 @@
+"""Everything that has to hold before a change lands: ``python tests/run.py [STAGE ...]``.
+
+Stages: lint, types, generated, unit (the default is all). Exits with 1 if one fails, or if a test was skipped that is not listed
+in ``tests/allowed_skips.txt`` (tests that need hardware).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def run(*command: str) -> bool:
+    """Run one command in the repository's root."""
+    print("$", " ".join(command), flush=True)
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def lint() -> bool:
+    """ruff's rules and format."""
+    python = sys.executable
+    return run(python, "-m", "ruff", "check", ".") & run(python, "-m", "ruff", "format", "--check", ".")
+
+
+def types() -> bool:
+    """mypy, strict, on the core."""
+    return run(sys.executable, "-m", "mypy")
+
+
+def generated() -> bool:
+    """The binding's C source is what cffi makes of the header."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / "ffi.c"
+        made = run(
+            sys.executable,
+            *("-m", "cffi.gen_src", "read-sources", "lmkv._native._ffi"),
+            *("native/lmkv.h", "native/ffi_prelude.h", str(fresh)),
+        )
+        same = made and fresh.read_bytes() == (ROOT / "native" / "ffi.c").read_bytes()
+    if not same:
+        print("native/ffi.c differs from what cffi.gen_src makes; the command stands in pyproject.toml")
+    return same
+
+
+def unit() -> bool:
+    """pytest on all of tests/, and no skip but the listed ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        passed = run(sys.executable, "-m", "pytest", f"--junitxml={report}", "--durations=15")
+        if not report.exists():
+            return False
+        allowed = {line for line in (HERE / "allowed_skips.txt").read_text().splitlines() if line and not line.startswith("#")}
+        skipped = [
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in ET.parse(report).getroot().iter("testcase")
+            if case.find("skipped") is not None
+        ]
+    unexpected = [name for name in skipped if name.split("[")[0] not in allowed]
+    if unexpected:
+        print("skipped, but not listed in tests/allowed_skips.txt:", *unexpected, sep="\n  ")
+    return passed and not unexpected
+
+
+STAGES: dict[str, Callable[[], bool]] = {"lint": lint, "types": types, "generated": generated, "unit": unit}
+
+
+def main() -> int:
+    """Run the named stages, or all; all of them run, whatever the first ones say."""
+    chosen = sys.argv[1:] or list(STAGES)
+    unknown = [name for name in chosen if name not in STAGES]
+    if unknown:
+        print(f"expected stages out of {', '.join(STAGES)}; got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    failed = [name for name in chosen if not STAGES[name]()]
+    print(f"failed: {', '.join(failed)}" if failed else f"all well: {', '.join(chosen)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
