@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -31,14 +32,14 @@ def build(source: Path, folder: Path, **environment: str) -> Path:
 
 
 def imported(wheel: Path, folder: Path) -> str:
-    """What an isolated interpreter finds in the unpacked wheel."""
+    """What an isolated interpreter finds in the unpacked wheel; -S leaves out this tree's own, editable install."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     code = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); import lmkv, lmkv._native, lmkv.adapters; "
+        f"import sys; sys.path[:0] = [{str(folder)!r}, {sysconfig.get_path('purelib')!r}]; import lmkv, lmkv._native, lmkv.adapters; "
         "print(lmkv.__file__, lmkv._native.lib is not None)"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     path, built = done.stdout.split()
     assert path.startswith(str(folder))
     return built
