@@ -115,7 +115,7 @@ class Finder:
         for slot in slots:
             node = self._ram.node_in(slot)
             piece = data[at * TOKEN_BYTES : (at + width) * TOKEN_BYTES]
-            if node is None or node.tokens != piece or self._ram.root_of(slot) != root:
+            if node is None or node.tokens != piece or not self._ram.has_root(slot, root):
                 continue
             position = self._ram.start_of(slot)
             hits = [ContentHit(node.key, at, width, position, self._ram.name)]

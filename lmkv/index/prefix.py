@@ -129,13 +129,13 @@ class PrefixIndex:
             ArgumentError: it is held already, or has no tokens or slot.
         """
         nodes = self._nodes
+        if not tokens or slot < 0:
+            raise ArgumentError(f"expected tokens and a slot; got {len(tokens)} bytes and slot {slot}")
         node = nodes.get(key)
         if node is None:
             node = nodes[key] = Node(key)
         elif node.slot >= 0:
             raise ArgumentError(f"expected a chunk that is not held; {key.hex()} is")
-        if not tokens or slot < 0:
-            raise ArgumentError(f"expected tokens and a slot; got {len(tokens)} bytes and slot {slot}")
         above = nodes.get(parent)
         if above is None:
             above = nodes[parent] = Node(parent)

@@ -33,6 +33,11 @@ class Breaker:
         """Whether the tier is left out now."""
         return self._in_a_row >= self._limit
 
+    @property
+    def resting(self) -> bool:
+        """Whether a call would be refused now. Unlike :meth:`allows` it does not take the one call that is let through."""
+        return self.open and (self._trial or time.monotonic() < self._open_until)
+
     def allows(self) -> bool:
         """Whether a call may go to the tier; every allowed one is answered by :meth:`success` or :meth:`failure`."""
         if self._in_a_row < self._limit:

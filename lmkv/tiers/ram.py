@@ -87,7 +87,8 @@ class RamTier:
         self._nodes: list[Node | None] = []  # by slot
         self._fingerprints = array("Q")  # by slot; of full chunks
         self._starts = array("I")  # by slot: position of the chunk's first token in its text
-        self._roots: list[ChunkKey | None] = []  # by slot: root of the chunk's namespace
+        self._roots = array("I")  # by slot: number of the root of the chunk's namespace
+        self._root_numbers: dict[ChunkKey, int] = {}
         self._emit = emit
 
     def payload(self, slot: int, tokens: int) -> memoryview:
@@ -135,11 +136,12 @@ class RamTier:
                 continue
             done.append((index.insert(chunk.key, chunk.parent, chunk.piece, chunk.slot), chunk))
         self._grow_tables()
-        nodes = self._nodes
+        self._forget_roots()
+        nodes, numbers = self._nodes, self._root_numbers
         for node, chunk in done:
             nodes[chunk.slot] = node
             self._starts[chunk.slot] = chunk.start
-            self._roots[chunk.slot] = chunk.root
+            self._roots[chunk.slot] = numbers.setdefault(chunk.root, len(numbers))
         insert = self.policy.insert
         for node, _ in done if self.policy.newest_first else reversed(done):
             insert(node.key)
@@ -166,9 +168,9 @@ class RamTier:
         """Where the chunk in a slot begins in its text."""
         return self._starts[slot]
 
-    def root_of(self, slot: int) -> ChunkKey | None:
-        """The namespace root of the chunk in a slot."""
-        return self._roots[slot]
+    def has_root(self, slot: int, root: ChunkKey) -> bool:
+        """Whether the chunk in a slot belongs to the namespace of that root."""
+        return self._roots[slot] == self._root_numbers.get(root, -1)
 
     def clear(self) -> int:
         """Drop every chunk that is not pinned, extensions first; returns how many stay."""
@@ -184,7 +186,18 @@ class RamTier:
             self._nodes.extend([None] * missing)
             self._fingerprints.extend([0] * missing)
             self._starts.extend([0] * missing)
-            self._roots.extend([None] * missing)
+            self._roots.extend([0] * missing)
+
+    def _forget_roots(self) -> None:
+        """Number the namespaces anew once most numbers belong to chunks that are gone."""
+        if len(self._root_numbers) <= 2 * len(self.index) + 1024:
+            return
+        names = {number: root for root, number in self._root_numbers.items()}
+        self._root_numbers = {}
+        for slot, node in enumerate(self._nodes):
+            if node is not None:
+                root = names[self._roots[slot]]
+                self._roots[slot] = self._root_numbers.setdefault(root, len(self._root_numbers))
 
     def _index_content(self, chunks: Iterable[NewChunk]) -> None:
         by_root: dict[ChunkKey, list[NewChunk]] = {}

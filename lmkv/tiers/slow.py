@@ -6,8 +6,9 @@ What goes wrong in the backend ends here, as an event and a miss.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from ..record import payload_offset, seal, verify
 from .breaker import Breaker
 from .mirror import Mirror
 from .ram import NewChunk
+from .readers import Readers
 from .writer import WriteBehind
 
 __all__ = ["SlowTier", "TierStats", "Write"]
@@ -126,7 +128,7 @@ class SlowTier:
             self._mirror = Mirror(self._bounded, lambda: make_policy(policy, limit), config.chain_aware)
         self.breaker = Breaker(self.name, config.breaker_failures, config.breaker_seconds, emit)
         self._threads = config.io_threads
-        self._readers = ThreadPoolExecutor(config.io_threads, thread_name_prefix=f"lmkv-{self.name}-read")
+        self._readers = Readers(f"lmkv-{self.name}-read", config.io_threads)
         self._touches: list[list[ChunkKey]] = []
         self.writer: WriteBehind[Write] = WriteBehind(
             f"lmkv-{self.name}-write", config.write_queue, _WRITE_BATCH, self._write, self._give_up
@@ -141,12 +143,17 @@ class SlowTier:
         """``call()``, or ``otherwise`` and an event. Here failures of foreign code become misses."""
         if not self.breaker.allows():
             return otherwise
+        begun = time.monotonic()
         try:
             result = call()
         except Exception as error:  # the tier boundary
             self.breaker.failure(operation, f"{type(error).__name__}: {error}")
             return otherwise
-        self.breaker.success()
+        seconds = time.monotonic() - begun
+        if seconds > self.deadline and operation in ("lookup", "read"):  # too late for whoever asked
+            self.breaker.failure(operation, f"answered after {seconds:.3g} s; the deadline is {self.deadline} s")
+        else:
+            self.breaker.success()
         return result
 
     # -- looking up ------------------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ class SlowTier:
 
     def probe(self, keys: Sequence[ChunkKey]) -> Future[int]:
         """How many leading keys a tier without a local index holds, asked on a thread of the tier's."""
-        return self._readers.submit(self._guarded, "lookup", lambda: self._count_leading(keys), 0)
+        return self._readers.submit(lambda: self._guarded("lookup", lambda: self._count_leading(keys), 0))
 
     def _count_leading(self, keys: Sequence[ChunkKey]) -> int:
         there = self.backend.contains_many(keys)
@@ -195,7 +202,7 @@ class SlowTier:
 
     def read(self, chunks: Sequence[NewChunk]) -> Future[list[bool]]:
         """Fill the chunks' slots from their records, on a thread of the tier's; tells which are there and proved whole."""
-        return self._readers.submit(self._guarded, "read", lambda: self._read(chunks), [False] * len(chunks))
+        return self._readers.submit(lambda: self._guarded("read", lambda: self._read(chunks), [False] * len(chunks)))
 
     def _read(self, chunks: Sequence[NewChunk]) -> list[bool]:
         raw = self._codec.name == "raw"
@@ -405,12 +412,16 @@ class SlowTier:
 
     def close(self, timeout: float | None) -> bool:
         """Write what waits, for at most ``timeout`` seconds, and close the backend."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         done = self.flush(timeout)
-        done = self.writer.close(timeout) and done
-        self._readers.shutdown(wait=done, cancel_futures=True)
-        if done:  # a backend that somebody still hangs in can't be closed safely
-            self._guarded("close", self.backend.close, None)
-        return done
+        done = self.writer.close(None if deadline is None else max(0.0, deadline - time.monotonic())) and done
+        ended = self._readers.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if done and ended:  # a backend that somebody still hangs in can't be closed safely
+            try:
+                self.backend.close()
+            except Exception as error:  # the tier boundary
+                self._emit("tier_failed", self.name, operation="close", reason=f"{type(error).__name__}: {error}")
+        return done and ended
 
     def stats(self, hit_tokens: int) -> TierStats:
         """Counts since the tier was opened, ``hit_tokens`` as the store counted them."""
