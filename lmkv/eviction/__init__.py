@@ -66,7 +66,9 @@ def make_policy(name: str, capacity: int) -> EvictionPolicy:
     try:
         factory = point.load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"policy {name}: expected {point.value} to be importable; got: {error}: reinstall its package") from error
+        raise ConfigError(
+            f"policy {name}: expected {point.value} to be importable; got: {error}: reinstall its package"
+        ) from error
     policy = factory(capacity)
     if not isinstance(policy, EvictionPolicy):
         raise ConfigError(f"policy {name}: expected {point.value} to make an EvictionPolicy; got {type(policy).__name__}")

@@ -8,7 +8,7 @@ overlap. A policy registers under the entry point group ``lmkv.policies``; ``lmk
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ..chunks import ChunkKey
 
@@ -19,9 +19,12 @@ __all__ = ["ChainLinks", "EvictionPolicy"]
 class EvictionPolicy(Protocol):
     """The order in which chunks go."""
 
-    #: Chunks of one text are inserted and touched last to first, so that an extension ranks as older than what it extends;
-    #: a policy that evicts the newest first (MRU) sets this and gets them first to last.
-    newest_first: ClassVar[bool]
+    # Chunks of one text are inserted and touched last to first, so that an extension ranks as older than what it extends;
+    # a policy that evicts the newest first (MRU) says so here and gets them first to last.
+    @property
+    def newest_first(self) -> bool:
+        """Whether chunks of one text come first to last."""
+        ...
 
     def insert(self, key: ChunkKey) -> None:
         """Admit a key that is not held. Amortised O(1) or O(log n)."""

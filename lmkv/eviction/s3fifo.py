@@ -39,6 +39,9 @@ class S3FIFO:
         self._small: OrderedDict[ChunkKey, int] = OrderedDict()  # key -> uses since it came into the queue
         self._main: OrderedDict[ChunkKey, int] = OrderedDict()
         self._ghost: OrderedDict[ChunkKey, None] = OrderedDict()
+        # Victims that the small queue gives although it is not too long, one for each deferred key of the main queue: else a
+        # main queue full of keys that can't go would be searched in vain for every victim.
+        self._owed = 0
 
     def insert(self, key: ChunkKey) -> None:
         """Put a new key into the small queue, or into the main queue if it left the small one not long ago."""
@@ -54,9 +57,12 @@ class S3FIFO:
         queue[key] = min(queue[key] + 1, _MAX_USES)
 
     def defer(self, key: ChunkKey) -> None:
-        """Put a key that can't go yet last in the main queue."""
-        uses = self._small.pop(key, None)
-        self._main[key] = self._main.pop(key) if uses is None else uses
+        """Put a key that can't go yet last in the main queue; if it was there already, the small queue owes one victim."""
+        if key in self._small:
+            self._main[key] = self._small.pop(key)
+        else:
+            self._main.move_to_end(key)
+            self._owed = min(self._owed + 1, len(self._small))
 
     def remove(self, key: ChunkKey) -> None:
         """Forget a key; the ghost queue remembers it if it was in the small one."""
@@ -64,6 +70,7 @@ class S3FIFO:
             del self._main[key]
             return
         del self._small[key]
+        self._owed = max(0, self._owed - 1)
         self._ghost[key] = None
         if len(self._ghost) > self._ghost_size:
             self._ghost.popitem(last=False)
@@ -75,9 +82,10 @@ class S3FIFO:
             return None
         chosen: list[ChunkKey] = []
         aside: list[tuple[OrderedDict[ChunkKey, int], ChunkKey]] = []  # chosen or pinned: to be put back where they were
+        owed = self._owed
         try:
             while len(chosen) < n and (small or main):
-                queue = small if len(small) > self._small_size or not main else main
+                queue = small if small and (len(small) > self._small_size or owed or not main) else main
                 key, uses = queue.popitem(last=False)
                 if uses:
                     main[key] = 0 if queue is small else uses - 1
@@ -85,6 +93,7 @@ class S3FIFO:
                 aside.append((queue, key))
                 if key not in pinned:
                     chosen.append(key)
+                    owed = max(0, owed - 1) if queue is small else owed
         finally:
             for queue, key in reversed(aside):
                 queue[key] = 0
