@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace
-from .errors import ArgumentError
 from .index import Node
 from .tiers import NewChunk, TierStats
 
@@ -258,14 +257,11 @@ class Reservation:
             ArgumentError: the reservation was committed or aborted before.
             StoreClosedError: the store was closed meanwhile.
         """
-        if not self.open:
-            raise ArgumentError("expected an open reservation; it was committed or aborted before")
         return self._commit(self)
 
     def abort(self) -> None:
         """Give the slots back. After a commit or a first abort it does nothing."""
-        if self.open:
-            self._abort(self)
+        self._abort(self)
 
     def __enter__(self) -> Reservation:
         return self

@@ -311,6 +311,8 @@ class Store:
     def _commit(self, reservation: Reservation) -> int:
         with self._lock:
             self._open()
+            if not reservation.open:  # a commit or an abort on another thread came first
+                raise ArgumentError("expected an open reservation; it was committed or aborted before")
             reservation.open = False
             self._reservations -= 1
             self._reserving.difference_update([chunk.key for chunk in reservation.chunks])
@@ -329,6 +331,8 @@ class Store:
 
     def _abort(self, reservation: Reservation) -> None:
         with self._lock:
+            if not reservation.open:
+                return
             reservation.open = False
             if self._closed:
                 return

@@ -36,8 +36,8 @@ def imported(wheel: Path, folder: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     code = (
-        f"import sys; sys.path[:0] = [{str(folder)!r}, {sysconfig.get_path('purelib')!r}]; import lmkv, lmkv._native, lmkv.adapters; "
-        "print(lmkv.__file__, lmkv._native.lib is not None)"
+        f"import sys; sys.path[:0] = [{str(folder)!r}, {sysconfig.get_path('purelib')!r}]; "
+        "import lmkv, lmkv._native, lmkv.adapters; print(lmkv.__file__, lmkv._native.lib is not None)"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     path, built = done.stdout.split()
