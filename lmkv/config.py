@@ -155,8 +155,9 @@ class TierConfig:
 
     def __post_init__(self) -> None:
         if not self.backend:
-            raise ConfigError("tiers: expected a backend's name; got an empty text")
+            raise ConfigError("tiers: expected the name of a backend for each tier; got none: set 'backend'")
         object.__setattr__(self, "name", self.name or self.backend)
+        object.__setattr__(self, "capacity", _convert("tiers: ", "capacity", int, _BYTES, self.capacity))
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"tiers: options: expected keys and values; got {self.options!r}")
         if not self.deadline_seconds > 0:
@@ -224,13 +225,15 @@ class StoreConfig:
     breaker_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tiers or (), (list, tuple)):
+            raise ConfigError(f"tiers: expected a list of tiers; got {self.tiers!r}")
         tiers = tuple(
-            tier if isinstance(tier, TierConfig) else TierConfig(**_build(TierConfig, tier, f"tiers[{i}]"))
+            tier if isinstance(tier, TierConfig) else TierConfig(**{"backend": ""} | _build(TierConfig, tier, f"tiers[{i}]"))
             for i, tier in enumerate(self.tiers or ())
         )
         object.__setattr__(self, "tiers", tiers)
         for name in ("ram_capacity", "ram_extent", "disk_capacity"):
-            object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+            object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
@@ -245,6 +248,25 @@ class StoreConfig:
         names = ["ram", "disk", *(tier.name for tier in tiers)]
         if len(set(names)) != len(names):
             raise ConfigError(f"tiers: expected names that differ (ram and disk are taken); got {names[2:]}")
+
+    def slow_tiers(self, folder: str) -> tuple[TierConfig, ...]:
+        """The tiers behind RAM, in order: the disk, if it has a capacity, and ``tiers``.
+
+        Args:
+            folder: name of the disk tier's directory in the user's cache directory where ``disk_path`` names none.
+        """
+        if not self.disk_capacity:
+            return self.tiers
+        disk = TierConfig(
+            backend="lmdb",
+            name="disk",
+            capacity=self.disk_capacity,
+            policy=self.disk_policy,
+            codec=self.disk_codec,
+            deadline_seconds=self.deadline_seconds,
+            options={"path": self.disk_path or str(cache_home() / "lmkv" / folder)},
+        )
+        return (disk, *self.tiers)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], *, where: str = "config") -> StoreConfig:

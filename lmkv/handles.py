@@ -229,8 +229,10 @@ class Reservation:
         payload: Callable[[int, int], memoryview],
         commit: Callable[[Reservation], int],
         abort: Callable[[Reservation], None],
+        lost: Callable[[Reservation], None],
     ) -> None:
         self.chunks = chunks
+        self._lost = lost
         self.open = True
         self._payload = payload
         self._commit = commit
@@ -262,6 +264,10 @@ class Reservation:
     def abort(self) -> None:
         """Give the slots back. After a commit or a first abort it does nothing."""
         self._abort(self)
+
+    def __del__(self) -> None:
+        if self.open:  # its owner forgot it: nobody can fill or commit it any more
+            self._lost(self)
 
     def __enter__(self) -> Reservation:
         return self

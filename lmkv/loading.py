@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from .chunks import TOKEN_BYTES, ChunkKey
+from .errors import StoreClosedError
 from .events import Emitter
 from .handles import Match
 from .tiers import NewChunk, RamTier, SlowTier
@@ -36,7 +37,7 @@ class Probes:
             if future is not None and future.done() and now - asked > _ANSWER_SECONDS:
                 future = None
             if future is None:
-                if tier.breaker.open and not tier.breaker.allows():
+                if tier.breaker.resting:
                     return 0
                 future, asked = tier.probe(keys), now
                 self._asked[question] = (future, asked)
@@ -44,6 +45,8 @@ class Probes:
                     self._asked.pop(next(iter(self._asked)))
         try:
             return future.result(wait)
+        except CancelledError:  # the store is closing
+            return 0
         except FutureTimeoutError:
             if time.monotonic() - asked < tier.deadline:
                 return None
@@ -153,7 +156,7 @@ class Loader:
         begun = time.monotonic()
         try:
             reading = tier.read(batch)
-        except RuntimeError:  # the tier's threads are gone: the store is closing
+        except StoreClosedError:  # the tier's threads are gone: the store is closing
             self._finish(tier, batch, [False] * len(batch), begun, done)
             return
 

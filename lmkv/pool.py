@@ -139,9 +139,11 @@ class HostPool(_Slab):
         """Give slots back.
 
         Raises:
-            ArgumentError: one of them is not allocated; none is given back then.
+            ArgumentError: one of them is not allocated or named twice; none is given back then.
         """
         used = self._used
+        if len(slots) > 1 and len(set(slots)) < len(slots):
+            raise ArgumentError(f"expected different slots; got {sorted(slots)}")
         for slot in slots:
             if not 0 <= slot < len(used) or not used[slot]:
                 raise ArgumentError(f"expected allocated slots; slot {slot} is not")

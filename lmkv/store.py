@@ -5,17 +5,19 @@ Control is guarded by one lock and touches no KV; copies run outside it. Slow ti
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
 from .backends import BackendSettings, open_backend
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace, TokenChunker, token_bytes
-from .config import StoreConfig, TierConfig, cache_home
+from .config import StoreConfig, TierConfig
 from .errors import ArgumentError, ConfigError, StoreClosedError
 from .events import Emitter, EventSink
 from .finding import Finder
@@ -23,12 +25,19 @@ from .handles import Lease, Match, Reservation, Slot, Stats
 from .index import Node
 from .layout import KVLayout
 from .loading import Loader
-from .tiers import NewChunk, RamTier, SlowTier, TierStats, Write
+from .tiers import NewChunk, RamTier, SlowTier, Write
 from .transfer import Part, as_access, gather, scatter
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
 
-_DISK = "disk"
+_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_stores() -> None:
+    """A process that ends without ``close()`` should not lose what waits to be written."""
+    for store in list(_open_stores):
+        store.close(10.0)
 
 
 class Store:
@@ -63,7 +72,7 @@ class Store:
         self._ram = RamTier(config, layout, self._emit)
         self._slow: list[SlowTier] = []
         try:
-            for settings in self._slow_settings():
+            for settings in config.slow_tiers(layout.fingerprint.hex()):
                 self._slow.append(self._open_tier(settings))
         except BaseException:
             for tier in self._slow:
@@ -76,22 +85,8 @@ class Store:
         self._counts = {"lookups": 0, "lookup_tokens": 0, "hit_tokens": 0, "stored_tokens": 0}
         self._hits_by_tier: dict[str, int] = {}
         self._finder = Finder(self._lock, self._ram, self._slow)
+        _open_stores.add(self)
         self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, lambda match: self._held(match)[1], self._emit)
-
-    def _slow_settings(self) -> Iterator[TierConfig]:
-        config = self.config
-        if config.disk_capacity:
-            path = config.disk_path or str(cache_home() / "lmkv" / self.layout.fingerprint.hex())
-            yield TierConfig(
-                backend="lmdb",
-                name=_DISK,
-                capacity=config.disk_capacity,
-                policy=config.disk_policy,
-                codec=config.disk_codec,
-                deadline_seconds=config.deadline_seconds,
-                options={"path": path},
-            )
-        yield from config.tiers
 
     def _open_tier(self, settings: TierConfig) -> SlowTier:
         backend = open_backend(
@@ -279,7 +274,7 @@ class Store:
             ]
             self._reserving.update([chunk.key for chunk in chunks])
             self._reservations += 1
-        return Reservation(chunks, self._ram.payload, self._commit, self._abort)
+        return Reservation(chunks, self._ram.payload, self._commit, self._abort, self._lost)
 
     def _missing(self, root: ChunkKey, keys: Sequence[ChunkKey], pieces: Sequence[bytes], first: int) -> list[int]:
         """Numbers of the chunks that have to be filled."""
@@ -301,9 +296,8 @@ class Store:
             keep = set(protected)
             self._expire_leases()
             got = self._ram.make_room(n, keep)
-            if got < n and self._slow:
-                for tier in self._slow:
-                    tier.writer.drop_oldest(n - got, "their slots were needed")
+            # what waits to be written holds its slots; a chunk goes only after those that extend it, so one round may not do
+            while got < n and sum(tier.writer.drop_oldest(n - got, "their slots were needed") for tier in self._slow) > 0:
                 got = self._ram.make_room(n, keep)
             n = got
         return pool.allocate(n) or []
@@ -339,6 +333,10 @@ class Store:
             self._reservations -= 1
             self._reserving.difference_update([chunk.key for chunk in reservation.chunks])
             self._ram.pool.release([chunk.slot for chunk in reservation.chunks])
+
+    def _lost(self, reservation: Reservation) -> None:
+        self._abort(reservation)
+        self._emit("reservation_lost", chunks=len(reservation.chunks))
 
     def store(self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None) -> int:
         """Keep a text's KV: reserve, copy out of the caller's tensors, commit.
@@ -427,17 +425,8 @@ class Store:
         """
         self._open()
         with self._lock:
-            pool = self._ram.pool
-            held = len(self._ram.index)
-            hits = self._hits_by_tier
-            ram = TierStats(
-                self._ram.name,
-                pool.slots * pool.slot_bytes,
-                pool.used * pool.slot_bytes,
-                held,
-                hit_tokens=hits.get(self._ram.name, 0),
-                evictions=self._ram.evictions,
-            )
+            hits = dict(self._hits_by_tier)
+            ram = self._ram.stats(hits.get(self._ram.name, 0))
             counts = dict(self._counts)
             leases, reservations = len(self._leases), self._reservations
         tiers = (ram, *(tier.stats(hits.get(tier.name, 0)) for tier in self._slow))

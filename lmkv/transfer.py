@@ -68,6 +68,24 @@ class KVAccess(Protocol):
         """Where checked tokens ``start`` to ``stop`` lie; the same for all rows."""
 
 
+def _is_tensor(given: Any) -> bool:
+    return isinstance(given, np.ndarray) or (hasattr(given, "detach") and hasattr(given, "ndim"))
+
+
+def _parts(given: Any, kv: int, where: str) -> list[Any]:
+    """K and V of a layer, or its latent, handed over one by one or in one tensor of both."""
+    if isinstance(given, (tuple, list)):
+        parts = list(given)
+    elif kv == 2 and _is_tensor(given) and given.ndim:
+        parts = [given[j] for j in range(given.shape[0])]
+    else:
+        parts = [given]
+    if len(parts) != kv:
+        what = "K and V" if kv == 2 else "one latent tensor"
+        raise LayoutMismatchError(f"{where}: expected {what}; got {len(parts)} tensors")
+    return parts
+
+
 def _bits(tensor: Any, layout_dtype: str, where: str) -> Bits:
     """The tensor as an array of bits that shares its memory."""
     if hasattr(tensor, "detach"):
@@ -81,13 +99,12 @@ def _bits(tensor: Any, layout_dtype: str, where: str) -> Bits:
         same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[DTYPES[layout_dtype]]
         array: Bits = tensor.detach().view(same_size).numpy()
         return array.view(_BITS[DTYPES[layout_dtype]])
-    if not isinstance(tensor, np.ndarray):
-        raise LayoutMismatchError(f"{where}: expected a numpy array or torch tensor; got {type(tensor).__name__}")
     size = DTYPES[layout_dtype]
     as_bits = tensor.dtype.kind in "uV" and tensor.dtype.itemsize == size and layout_dtype not in ("uint8", "int8")
     if not as_bits:
         _same_dtype(tensor.dtype, layout_dtype, where)
-    return tensor.view(_BITS[size])
+    bits: Bits = tensor.view(_BITS[size])
+    return bits
 
 
 def _same_dtype(dtype: object, wanted: str, where: str) -> None:
@@ -112,6 +129,8 @@ class _Layers:
     def __init__(self, layers: Sequence[Any], order: str) -> None:
         if order not in ("HND", "NHD"):
             raise ArgumentError(f"expected order 'HND' (heads, tokens, size) or 'NHD' (tokens, heads, size); got {order!r}")
+        if not hasattr(layers, "__len__"):
+            raise LayoutMismatchError(f"expected layers, a sequence with one entry for each; got {type(layers).__name__}")
         self._given = layers
         self.order = order
         self._rows: list[Bits] = []
@@ -130,12 +149,10 @@ class _Layers:
             raise LayoutMismatchError(f"expected {len(shapes)} layers; got {len(self._given)}")
         found: list[Bits] = []
         for i, (given, (kv, heads, size, dtype)) in enumerate(zip(self._given, shapes, strict=True)):
-            parts = list(given) if isinstance(given, (tuple, list)) else [given[j] for j in range(kv)] if kv == 2 else [given]
-            if len(parts) != kv:
-                what = "K and V" if kv == 2 else "one latent tensor"
-                raise LayoutMismatchError(f"layer {i}: expected {what}; got {len(parts)} tensors")
-            for part, name in zip(parts, "KV", strict=False):
+            for part, name in zip(_parts(given, kv, f"layer {i}"), "KV", strict=False):
                 where = f"layer {i} {name}" if kv == 2 else f"layer {i}"
+                if not _is_tensor(part):
+                    raise LayoutMismatchError(f"{where}: expected a numpy array or torch tensor; got {type(part).__name__}")
                 if kv == 1 and part.ndim == ndim - 1:  # a latent without a heads axis
                     part = part[..., None, :, :] if self.order == "HND" else part[..., None, :]
                 if part.ndim != ndim:
@@ -277,7 +294,8 @@ def scatter(access: KVAccess, parts: Sequence[Part], layout: KVLayout) -> None:
 
 def _move(access: KVAccess, parts: Sequence[Part], layout: KVLayout, *, into_payload: bool) -> None:
     lib = _native.lib
-    if lib is None:
+    # the compiled part moves whole tokens of a head; elements that lie apart are numpy's
+    if lib is None or any(row.strides[3] != row.itemsize for row in access.rows):
         for part in parts:
             for mine, theirs in _views(access, part, layout):
                 np.copyto(*((mine, theirs) if into_payload else (theirs, mine)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -143,6 +145,32 @@ def test_a_reservation_is_invisible_until_committed_and_gone_if_not(open_store) 
     assert store.lookup(text).hit_tokens == 0  # what comes before them is missing
     store.store(text, kv_of(text))
     assert store.lookup(text).hit_tokens == 20
+
+
+def test_a_forgotten_reservation_gives_its_slots_back(open_store) -> None:
+    events: list[lmkv.Event] = []
+    store = open_store(disk_capacity=0, events=events)
+    text = np.arange(20, dtype=np.uint32)
+    reservation = store.reserve(text)
+    del reservation
+    assert [event.kind for event in events] == ["reservation_lost"]
+    assert store.stats().reservations == 0
+    assert store.store(text, kv_of(text)) == 20
+    store._check()
+
+
+def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
+    code = (
+        "import lmkv, numpy as np\n"
+        f"config = lmkv.StoreConfig(model='m', disk_path={str(tmp_path / 'disk')!r}, disk_capacity='32MiB')\n"
+        "layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype='float32', chunk_tokens=8)\n"
+        "store = lmkv.Store(config, layout)\n"
+        "print(store.store(np.arange(800), np.ones((2, 2, 2, 800, 8), np.float32)))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "800\n"
+    config = lmkv.StoreConfig(model="m", disk_path=str(tmp_path / "disk"), disk_capacity="32MiB", ram_capacity="16MiB")
+    with lmkv.Store(config, layout_of(8)) as store:
+        assert store.lookup(np.arange(800)).hit_tokens == 800
 
 
 def test_leased_chunks_stay_and_their_time_is_limited(open_store) -> None:

@@ -20,7 +20,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,10 @@ import lmdb
 import numpy as np
 import xxhash
 
-from ..chunks import ChunkKey, shared_tokens
+from ..chunks import TOKEN_BYTES, ChunkKey, shared_tokens
 from ..errors import BackendUnavailableError, CapacityError, ConfigError, LayoutMismatchError, StoreClosedError
 from ..index.content import chunk_fingerprints, root_seed
-from ..record import read_header
+from ..record import RecordHeader, read_header
 from .base import BackendSettings, Entry
 
 __all__ = ["LmdbBackend"]
@@ -42,6 +42,7 @@ _USE = struct.Struct("<QI")  # sequence number, uses
 _PAGE = 4096
 #: LMDB's keys have at most 511 bytes; 16 are the place in the tree, so a segment of siblings' tokens is 120 tokens.
 _SEGMENT = 480
+_DATABASES = (b"meta", b"records", b"index", b"uses", b"order", b"children")
 #: The smallest environment LMDB works in with these databases.
 _LEAST_CAPACITY = 256 * 1024
 #: Free space in LMDB is in pieces: of the map, this share may be held; equal records never met a full map there.
@@ -65,10 +66,11 @@ def _levels(parent: bytes, tokens: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The entries of a chunk in ``children``: place and segment.
 
     LMDB sorts its keys, so a neighbour search finds the longest shared prefix, but keys are short: a chunk's tokens are cut
-    into segments, and the second segment stands at a place of its own, named by a hash of the way there.
+    into segments, and the second segment stands at a place of its own, named by a hash of the way there. The last segment is
+    shorter than the others, if need be empty, so that it tells where the tokens end.
     """
     place = parent
-    for begin in range(0, len(tokens), _SEGMENT):
+    for begin in range(0, len(tokens) + 1, _SEGMENT):
         segment = tokens[begin : begin + _SEGMENT]
         yield place, segment
         place = xxhash.xxh3_128_digest(place + segment)
@@ -116,6 +118,12 @@ class LmdbBackend:
         self._env = self._acquire()
         try:
             self._open_databases()
+        except BackendUnavailableError as error:
+            self.close()
+            raise ConfigError(
+                f"tier {self._name}: expected a whole database at {self._path}; {error}. "
+                "Delete its data.mdb or name another path"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -144,14 +152,35 @@ class LmdbBackend:
                         "Name another path, make room, or set the capacity to 0"
                     ) from error
                 env.reader_check()
+                try:
+                    self._pad(env)
+                except OSError:
+                    env.close()
+                    raise
                 shared = _registry[self._path] = _Shared(env, 0)
             shared.users += 1
             return shared.env
 
+    def _pad(self, env: Any) -> None:
+        """Let a data file that was cut off reach to its last page: zeros are found out, reading behind its end is fatal."""
+        size = os.path.getsize(os.path.join(self._path, "data.mdb"))
+        missing = (env.info()["last_pgno"] + 1) * env.stat()["psize"] - size
+        if missing > 0 and hasattr(os, "posix_fallocate"):
+            fd = os.open(os.path.join(self._path, "data.mdb"), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(fd, size, missing)  # never shrinks a file that another process makes longer meanwhile
+            finally:
+                os.close(fd)
+
     def _open_databases(self) -> None:
         with _translated(f"open {self._path}"):
-            self._meta = self._env.open_db(b"meta")
-            with self._env.begin(write=True) as txn:
+            with self._env.begin(write=True) as txn:  # aborted if a check fails: what is not ours stays as it was
+                if any(bytes(name) not in _DATABASES for name, _ in txn.cursor()):
+                    raise self._not_ours()
+                try:
+                    self._meta = self._env.open_db(b"meta", txn=txn)
+                except lmdb.IncompatibleError:  # a value of somebody else's under that name
+                    raise self._not_ours() from None
                 self._check_meta(txn)
             self._records = self._env.open_db(b"records")
             self._index = self._env.open_db(b"index")
@@ -166,10 +195,8 @@ class LmdbBackend:
             b"layout": self._layout.describe.encode(),
         }
         if txn.get(b"format", db=self._meta) is None:
-            if txn.stat(self._meta)["entries"] or self._foreign(txn):
-                raise ConfigError(
-                    f"tier {self._name}: {self._path} holds an LMDB environment that is not LMKV's: name another path"
-                )
+            if txn.stat(self._meta)["entries"]:
+                raise self._not_ours()
             for name, value in mine.items():
                 txn.put(name, value, db=self._meta)
             return
@@ -187,10 +214,8 @@ class LmdbBackend:
                 "Nothing was changed: name another path"
             )
 
-    @staticmethod
-    def _foreign(txn: Any) -> bool:
-        """Whether the environment's main database names anything but our own databases."""
-        return any(bytes(key) != b"meta" for key, _ in txn.cursor())
+    def _not_ours(self) -> ConfigError:
+        return ConfigError(f"tier {self._name}: {self._path} holds an LMDB environment that is not LMKV's: name another path")
 
     def close(self) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
@@ -236,32 +261,46 @@ class LmdbBackend:
     def write_many(self, keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
         """See :class:`lmkv.backends.base.Backend`. Each value is a record whose header is indexed."""
         headers = [read_header(piece) for piece in data]
-        with _translated("write records"), self._begin(write=True) as txn:
-            for key in keys:
-                self._delete(txn, key)
-            used = self._counter(txn, b"used") + sum(self.cost(len(piece)) for piece in data)
-            if used > self.capacity:
-                raise CapacityError(f"expected at most {self.capacity} bytes; {used} would be held")
-            sequence = self._counter(txn, b"sequence")
-            for key, piece, header in zip(keys, data, headers, strict=True):
-                sequence += 1
-                place = sequence.to_bytes(8, "big")
-                fingerprint = self._fingerprint(header.root, header.tokens)
-                entry = _INDEX.pack(header.parent, header.root, self.cost(len(piece)), fingerprint, header.start)
-                txn.put(key, piece, db=self._records)
-                txn.put(key, entry + header.tokens, db=self._index)
-                txn.put(key, _USE.pack(sequence, 1), db=self._uses)
-                txn.put(place, key, db=self._order)
-                for where, segment in _levels(header.parent, header.tokens):
-                    txn.put(where + segment, key, db=self._children)
-            self._set_counter(txn, b"sequence", sequence)
-            self._set_counter(txn, b"used", used)
+        self._change("write records", lambda txn: self._insert(txn, keys, data, headers))
 
     def delete_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
-        with _translated("delete records"), self._begin(write=True) as txn:
-            for key in keys:
-                self._delete(txn, key)
+        self._change("delete records", lambda txn: self._remove(txn, keys))
+
+    def _change(self, what: str, work: Callable[[Any], object]) -> None:
+        """Do ``work`` in a write transaction, and once more where the map was full of pages kept for readers that died."""
+        try:
+            with _translated(what), self._begin(write=True) as txn:
+                work(txn)
+        except CapacityError as error:
+            if not isinstance(error.__cause__, lmdb.MapFullError) or not self._env.reader_check():
+                raise
+            with _translated(what), self._begin(write=True) as txn:
+                work(txn)
+
+    def _insert(self, txn: Any, keys: Sequence[ChunkKey], data: Sequence[memoryview], headers: Sequence[RecordHeader]) -> None:
+        self._remove(txn, keys)
+        used = self._counter(txn, b"used") + sum(self.cost(len(piece)) for piece in data)
+        if used > self.capacity:
+            raise CapacityError(f"expected at most {self.capacity} bytes; {used} would be held")
+        sequence = self._counter(txn, b"sequence")
+        for key, piece, header in zip(keys, data, headers, strict=True):
+            sequence += 1
+            place = sequence.to_bytes(8, "big")
+            fingerprint = self._fingerprint(header.root, header.tokens)
+            entry = _INDEX.pack(header.parent, header.root, self.cost(len(piece)), fingerprint, header.start)
+            txn.put(key, piece, db=self._records)
+            txn.put(key, entry + header.tokens, db=self._index)
+            txn.put(key, _USE.pack(sequence, 1), db=self._uses)
+            txn.put(place, key, db=self._order)
+            for where, segment in _levels(header.parent, header.tokens):
+                txn.put(where + segment, key, db=self._children)
+        self._set_counter(txn, b"sequence", sequence)
+        self._set_counter(txn, b"used", used)
+
+    def _remove(self, txn: Any, keys: Sequence[ChunkKey]) -> None:
+        for key in keys:
+            self._delete(txn, key)
 
     def _delete(self, txn: Any, key: ChunkKey) -> None:
         value = txn.get(key, db=self._index)
@@ -348,12 +387,16 @@ class LmdbBackend:
             for place, segment in _levels(parent, tokens):
                 here = cursor.set_range(place + segment)
                 here = cursor.prev_nodup() if here else cursor.last()
-                while here:
-                    where = bytes(cursor.key())
-                    if where[:16] != place or not segment.startswith(where[16:]):
-                        break
-                    found.extend(ChunkKey(bytes(value)) for value in cursor.iternext_dup())
-                    here = cursor.prev_nodup()
+                while here and bytes(cursor.key())[:16] == place:
+                    held = bytes(cursor.key())[16:]
+                    if segment.startswith(held):
+                        found.extend(ChunkKey(bytes(value)) for value in cursor.iternext_dup())
+                        here = cursor.prev_nodup()
+                        continue
+                    # one that parts from the segment stands between: what is left is at most as long as what they share
+                    shorter = place + segment[: shared_tokens(held, segment) * TOKEN_BYTES]
+                    if not cursor.set_range(shorter) or bytes(cursor.key()) != shorter:
+                        here = cursor.prev_nodup()
         return found
 
     # -- Bounded ---------------------------------------------------------------------------------------------------------
@@ -391,19 +434,21 @@ class LmdbBackend:
 
     def touch_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Bounded`."""
-        with _translated("note uses"), self._begin(write=True) as txn:
-            sequence = self._counter(txn, b"sequence")
-            for key in keys:
-                value = txn.get(key, db=self._uses)
-                if value is None:
-                    continue
-                last, uses = _USE.unpack(value)
-                del value
-                sequence += 1
-                txn.delete(last.to_bytes(8, "big"), db=self._order)
-                txn.put(sequence.to_bytes(8, "big"), key, db=self._order)
-                txn.put(key, _USE.pack(sequence, min(uses + 1, 2**32 - 1)), db=self._uses)
-            self._set_counter(txn, b"sequence", sequence)
+        self._change("note uses", lambda txn: self._touch(txn, keys))
+
+    def _touch(self, txn: Any, keys: Sequence[ChunkKey]) -> None:
+        sequence = self._counter(txn, b"sequence")
+        for key in keys:
+            value = txn.get(key, db=self._uses)
+            if value is None:
+                continue
+            last, uses = _USE.unpack(value)
+            del value
+            sequence += 1
+            txn.delete(last.to_bytes(8, "big"), db=self._order)
+            txn.put(sequence.to_bytes(8, "big"), key, db=self._order)
+            txn.put(key, _USE.pack(sequence, min(uses + 1, 2**32 - 1)), db=self._uses)
+        self._set_counter(txn, b"sequence", sequence)
 
     def tokens_of(self, key: ChunkKey) -> bytes | None:
         """See :class:`lmkv.backends.base.Bounded`."""

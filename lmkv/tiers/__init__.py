@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .ram import NewChunk, RamTier
-from .slow import SlowTier, TierStats, Write
+from .slow import SlowTier, Write
+from .stats import TierStats
 
 __all__ = ["NewChunk", "RamTier", "SlowTier", "TierStats", "Write"]

@@ -20,6 +20,7 @@ from ..index.content import chunk_fingerprints, root_seed
 from ..layout import KVLayout
 from ..pool import HostPool
 from ..record import payload_offset
+from .stats import TierStats
 
 __all__ = ["NewChunk", "RamTier"]
 
@@ -171,6 +172,18 @@ class RamTier:
     def has_root(self, slot: int, root: ChunkKey) -> bool:
         """Whether the chunk in a slot belongs to the namespace of that root."""
         return self._roots[slot] == self._root_numbers.get(root, -1)
+
+    def stats(self, hit_tokens: int) -> TierStats:
+        """Counts since the tier was opened, ``hit_tokens`` as the store counted them."""
+        pool = self.pool
+        return TierStats(
+            self.name,
+            pool.slots * pool.slot_bytes,
+            pool.used * pool.slot_bytes,
+            len(self.index),
+            hit_tokens=hit_tokens,
+            evictions=self.evictions,
+        )
 
     def clear(self) -> int:
         """Drop every chunk that is not pinned, extensions first; returns how many stay."""

@@ -26,9 +26,10 @@ from .breaker import Breaker
 from .mirror import Mirror
 from .ram import NewChunk
 from .readers import Readers
+from .stats import TierStats
 from .writer import WriteBehind
 
-__all__ = ["SlowTier", "TierStats", "Write"]
+__all__ = ["SlowTier", "Write"]
 
 Result = TypeVar("Result")
 
@@ -36,33 +37,6 @@ Result = TypeVar("Result")
 _WRITE_BATCH = 8
 #: Leases whose use is noted together.
 _TOUCH_BATCH = 256
-
-
-@dataclass(frozen=True)
-class TierStats:
-    """Counts of one tier.
-
-    Args:
-        name: the tier's.
-        capacity_bytes, used_bytes: its quota, and what counts towards it; 0 where it does not say.
-        chunks: held now; -1 where it does not say.
-        hit_tokens: tokens that leases took from it.
-        read_chunks, written_chunks: records read from and written to it (0 for RAM).
-        evictions: chunks that it gave up for room.
-        waiting_writes: chunks on their way to it.
-        enabled: not switched off by its breaker.
-    """
-
-    name: str
-    capacity_bytes: int
-    used_bytes: int
-    chunks: int
-    hit_tokens: int = 0
-    read_chunks: int = 0
-    written_chunks: int = 0
-    evictions: int = 0
-    waiting_writes: int = 0
-    enabled: bool = True
 
 
 @dataclass(slots=True)
@@ -333,11 +307,13 @@ class SlowTier:
     def _put(self, chunks: list[NewChunk], records: list[memoryview]) -> bool:
         """Write, making room where the backend says there is none."""
         keys = [chunk.key for chunk in chunks]
-        for _ in range(16):
+        for attempt in range(16):
             try:
                 self.backend.write_many(keys, records)
                 return True
             except CapacityError:
+                if attempt > 1:  # room that was made may stay taken for as long as somebody reads there
+                    time.sleep(min(0.002 * attempt, 0.02))
                 if not self._evict_for(chunks, records):
                     break
         if len(chunks) == 1:
@@ -347,7 +323,7 @@ class SlowTier:
         return self._put(chunks[half:], records[half:]) and first
 
     def _evict_for(self, chunks: Sequence[NewChunk], records: Sequence[memoryview]) -> bool:
-        """Delete what the policy names until the records should fit; ``False`` if nothing could go."""
+        """Delete what the policy names until the records should fit; ``False`` if there is no point in trying again."""
         bounded, mirror = self._bounded, self._mirror
         if bounded is None or mirror is None:
             return False
@@ -356,21 +332,25 @@ class SlowTier:
         excess = max(bounded.used_bytes() + incoming - bounded.capacity, min(incoming, bounded.used_bytes()))
         protected = {key for chunk in chunks for key in (chunk.key, chunk.parent)}
         target = bounded.used_bytes() - excess
-        evicted = 0
+        evicted, blocked = 0, False
         with self._mirror_lock:
             mirror.sync()
             while bounded.used_bytes() > target:
                 victims = mirror.victims(len(records), protected)
                 if not victims:
                     break
-                self.backend.delete_many(victims)
+                try:
+                    self.backend.delete_many(victims)
+                except CapacityError:  # so full that it can't even note a deletion: no longer than somebody reads there
+                    blocked = True
+                    break
                 for key in victims:
                     mirror.remove(key)
                 evicted += len(victims)
         if evicted:
             self.evictions += evicted
             self._emit("evicted", self.name, chunks=evicted)
-        return evicted > 0
+        return evicted > 0 or blocked or bounded.used_bytes() <= target  # another process may have made the room
 
     def _drop_covered(self, chunks: Sequence[NewChunk]) -> None:
         """Delete short chunks that longer ones just written make redundant."""
