@@ -45,6 +45,15 @@ class AsyncStore:
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
+    async def _hold(self, call: Callable[[], T], give_back: Callable[[T], None]) -> T:
+        """As :meth:`_run`; what the thread brings after the task was cancelled is given back."""
+        future = self._threads.submit(call)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: None if done.cancelled() or done.exception() else give_back(done.result()))
+            raise
+
     async def lookup(
         self, tokens: object, *, anywhere: bool = False, namespace: Namespace | None = None, wait: float = 0.0
     ) -> Match:
@@ -58,7 +67,7 @@ class AsyncStore:
     @contextlib.asynccontextmanager
     async def lease(self, match: Match) -> AsyncIterator[Lease]:
         """As :meth:`Store.lease`: ``async with store.lease(match) as lease``."""
-        lease = await self._run(lambda: self.sync.lease(match))
+        lease = await self._hold(lambda: self.sync.lease(match), Lease.release)
         try:
             yield lease
         finally:
@@ -73,7 +82,8 @@ class AsyncStore:
         self, tokens: object, *, start: int = 0, namespace: Namespace | None = None
     ) -> AsyncIterator[Reservation]:
         """As :meth:`Store.reserve`: ``async with store.reserve(tokens) as r``."""
-        reservation = await self._run(lambda: self.sync.reserve(tokens, start=start, namespace=namespace))
+        reserve = partial(self.sync.reserve, tokens, start=start, namespace=namespace)
+        reservation = await self._hold(reserve, Reservation.abort)
         try:
             yield reservation
         finally:

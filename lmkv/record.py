@@ -87,12 +87,13 @@ def seal(
         raise ArgumentError(f"expected a codec name of at most 12 bytes; got {codec!r}")
     checksum = xxhash.xxh3_64_intdigest(record[offset : offset + payload_bytes])
     count = len(tokens) // TOKEN_BYTES
+    head = bytearray(offset)  # copied in one go: another tier may be writing this very record
     _HEADER.pack_into(
-        record, 0, MAGIC, VERSION, 0, offset, key, parent, root, layout, start, count, name, payload_bytes, checksum, 0
+        head, 0, MAGIC, VERSION, 0, offset, key, parent, root, layout, start, count, name, payload_bytes, checksum, 0
     )
-    record[HEADER_BYTES : HEADER_BYTES + len(tokens)] = tokens
-    record[HEADER_BYTES + len(tokens) : offset] = bytes(offset - HEADER_BYTES - len(tokens))
-    _SUM.pack_into(record, _HEADER_SUM_AT, _header_sum(record, len(tokens)))
+    head[HEADER_BYTES : HEADER_BYTES + len(tokens)] = tokens
+    _SUM.pack_into(head, _HEADER_SUM_AT, _header_sum(memoryview(head), len(tokens)))
+    record[:offset] = head
 
 
 def _header_sum(record: memoryview, token_length: int) -> int:

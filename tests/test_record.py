@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -120,3 +122,26 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ArgumentError, match="12 bytes"):
         seal(record, **common, tokens=bytes(40), offset=200, codec="a-codec-too-long")
     assert not any(record)
+
+
+def test_sealing_again_is_never_seen_half_done() -> None:
+    """Two tiers may write the same slot: one seals it while the other copies it."""
+    record = sealed(bytes(range(40)), bytes(range(256)) * 16)
+    whole = bytes(record)
+    stop = threading.Event()
+
+    def again() -> None:
+        while not stop.is_set():
+            seal(record, **NAMES, tokens=bytes(range(40)), offset=4096, payload_bytes=4096)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    sealing = threading.Thread(target=again)
+    sealing.start()
+    try:
+        for _ in range(3000):
+            assert bytes(record) == whole
+    finally:
+        stop.set()
+        sealing.join()
+        sys.setswitchinterval(interval)
