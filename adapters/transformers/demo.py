@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return 2
+    # before torch is loaded: threads that spin while they wait make a busy machine several times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if args.one_round:
             _answer_rounds(args, [args.one_round], _print_json, lambda total: None)
@@ -164,7 +167,10 @@ def _answer_rounds(
     if args.threads:
         torch.set_num_threads(args.threads)
     loaded = load(args.model)
-    limit = getattr(loaded.model.config, "max_position_embeddings", 4096) - args.max_new_tokens - 256
+    context = getattr(loaded.model.config, "max_position_embeddings", 4096)
+    limit = context - args.max_new_tokens - 256  # the chat template and a question fit into 256
+    if limit < 256:
+        raise DemoError(f"the model reads {context} tokens, too few for a document and {args.max_new_tokens} new tokens")
     texts = documents(args.docs, loaded.tokenizer, limit)
     on_documents(len(texts))
     with _open_reuse(args, loaded, texts) as reuse:
@@ -180,13 +186,13 @@ def _open_reuse(args: argparse.Namespace, loaded: LoadedModel, texts: Sequence[D
     from .model import layout_of
     from .reuse import KVReuse
 
-    layout = layout_of(loaded.model)
-    chunks = sum(-(-len(loaded.tokenizer(text.text).input_ids) // layout.chunk_tokens) + 4 for text in texts)
-    capacity = max(chunks * layout.chunk_bytes, 256 * 1024**2)
-    config = StoreConfig(
-        model=Path(args.model).name, disk_path=args.cache_dir, ram_capacity=capacity, disk_capacity=2 * capacity
-    )
     try:
+        layout = layout_of(loaded.model)
+        chunks = sum(-(-len(loaded.tokenizer(text.text).input_ids) // layout.chunk_tokens) + 4 for text in texts)
+        capacity = max(chunks * layout.chunk_bytes, 256 * 1024**2)
+        config = StoreConfig(
+            model=Path(args.model).name, disk_path=args.cache_dir, ram_capacity=capacity, disk_capacity=2 * capacity
+        )
         return KVReuse.open(loaded.model, config)
     except LMKVError as error:
         raise DemoError(str(error)) from error

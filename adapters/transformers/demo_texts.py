@@ -74,32 +74,32 @@ def documents(folder: str | None, tokenizer: Any, limit: int) -> list[Document]:
     Args:
         folder: a directory with ``.txt``, ``.md`` or ``.rst`` files; ``None`` for the manual.
         tokenizer: the model's; measures length.
-        limit: tokens that the model can read at most; longer files are cut there.
+        limit: tokens that the model can read at most; longer texts are cut before.
 
     Raises:
         DemoError: the folder is missing or holds no such file.
     """
     if folder is None:
-        return _manual(tokenizer)
+        return _manual(tokenizer, min(limit, _LONGEST))
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise DemoError(f"--docs {folder}: there is no such directory")
     files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".md", ".rst") and file.is_file())
-    texts = {file.stem: file.read_text(encoding="utf-8", errors="replace").strip() for file in files}
+    texts = {file.name: file.read_text(encoding="utf-8", errors="replace").strip() for file in files}
     found = [Document(name, _cut(text, tokenizer, limit), _QUESTIONS) for name, text in texts.items() if text]
     if not found:
         raise DemoError(f"--docs {folder}: expected .txt, .md or .rst files with text in it; found none")
     return found
 
 
-def _manual(tokenizer: Any) -> list[Document]:
+def _manual(tokenizer: Any, limit: int) -> list[Document]:
     from pydoc_data.topics import topics
 
     found: list[Document] = []
     for name, questions in _TOPICS.items():  # chapters differ in length between Python versions
         text = topics.get(name, "").strip()
         if len(found) < _COUNT and len(tokenizer(text).input_ids) >= _SHORTEST:
-            found.append(Document(name, _cut(text, tokenizer, _LONGEST), questions))
+            found.append(Document(name, _cut(text, tokenizer, limit), questions))
     return found
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from ..index.content import chunk_fingerprints, root_seed
 from ..layout import KVLayout
 from ._chunks import Chunk, best_shared, covered, siblings_of, text_chunks
 
-__all__ = ["OptionalParts"]
+__all__ = ["OptionalParts", "needs"]
+
+Test = TypeVar("Test", bound=Callable[..., None])
 
 #: Places where siblings part; 120 and 240 are the borders of the segments that the LMDB backend cuts tokens into.
 _CUTS = (0, 1, 2, 7, 60, 119, 120, 121, 200, 239, 240, 241, 255)
@@ -31,13 +34,14 @@ def _write(backend: Any, layout: KVLayout, chunks: list[Chunk]) -> None:
     backend.write_many([chunk.key for chunk in chunks], [chunk.record(layout) for chunk in chunks])
 
 
-def _offers(backend: object, protocol: type) -> bool:
-    return isinstance(backend, protocol)
+def needs(part: type) -> Callable[[Test], Test]:
+    """Mark a test as one of backends that offer ``part``."""
 
+    def mark(test: Test) -> Test:
+        test.part = part  # type: ignore[attr-defined]
+        return test
 
-def _require(backend: object, protocol: type) -> None:
-    if not _offers(backend, protocol):
-        pytest.skip(f"{type(backend).__name__} is not {protocol.__name__}")
+    return mark
 
 
 def _sibling_texts(rng: random.Random, width: int, count: int) -> list[list[int]]:
@@ -53,7 +57,15 @@ def _sibling_texts(rng: random.Random, width: int, count: int) -> list[list[int]
 
 
 class OptionalParts:
-    """Tests of the optional Protocols; each is left out where the backend does not offer it."""
+    """Tests of the optional Protocols; a suite has those that its ``offers`` names."""
+
+    offers: ClassVar[tuple[type, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, test in vars(OptionalParts).items():
+            if hasattr(test, "part"):
+                setattr(cls, name, test if test.part in cls.offers else None)
 
     def opened(self, chunk_tokens: int = 16, capacity: int = 0, name: str = "") -> AbstractContextManager[Any]:
         """A backend of its own, closed at the end."""
@@ -61,12 +73,12 @@ class OptionalParts:
 
     # -- LocalIndex ------------------------------------------------------------------------------------------------------
 
+    @needs(LocalIndex)
     def test_match_prefix_stops_at_the_first_gap(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(85))
         keys, pieces = [c.key for c in chunks], [c.tokens for c in chunks]
         with self.opened() as backend:
-            _require(backend, LocalIndex)
             assert backend.match_prefix(keys, pieces) == 0
             assert backend.match_prefix([], []) == 0
             _write(backend, layout, chunks[:2] + chunks[3:])
@@ -75,21 +87,21 @@ class OptionalParts:
             _write(backend, layout, chunks[2:3])
             assert backend.match_prefix(keys, pieces) == 6
 
+    @needs(LocalIndex)
     def test_match_prefix_proves_hits_by_tokens(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(48))
         keys, pieces = [c.key for c in chunks], [c.tokens for c in chunks]
         pieces[1] = pieces[1][:-1] + b"\x01"
         with self.opened() as backend:
-            _require(backend, LocalIndex)
             _write(backend, layout, chunks)
             assert backend.match_prefix(keys, pieces) == 1
 
+    @needs(LocalIndex)
     def test_children_of_one_namespace_do_not_answer_for_another(self) -> None:
         layout = _layout()
         mine, other = (text_chunks(layout, range(16), salt=salt)[0] for salt in ("mine", "other"))
         with self.opened() as backend:
-            _require(backend, LocalIndex)
             _write(backend, layout, [mine])
             assert backend.best_child(mine.parent, mine.tokens) == (mine.key, mine.tokens, 16)
             assert backend.best_child(mine.parent, b"") is None
@@ -97,11 +109,11 @@ class OptionalParts:
             assert backend.best_child(ChunkKey(bytes(16)), mine.tokens) is None
             assert backend.best_child(ChunkKey(b"\xff" * 16), mine.tokens) is None
 
+    @needs(LocalIndex)
     @pytest.mark.parametrize("width", [1, 8, 16, 256])
     def test_siblings_equal_a_slow_reference(self, width: int) -> None:
         layout = _layout(width)
         with self.opened(chunk_tokens=width) as backend:
-            _require(backend, LocalIndex)
 
             @settings(max_examples=25, deadline=None)
             @given(seed=st.integers(0, 2**32), count=st.integers(1, 14), gone=st.integers(0, 3))
@@ -139,11 +151,11 @@ class OptionalParts:
 
     # -- Bounded ---------------------------------------------------------------------------------------------------------
 
+    @needs(Bounded)
     def test_use_is_counted_as_the_quota_counts(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(70))
         with self.opened() as backend:
-            _require(backend, Bounded)
             assert (backend.used_bytes(), backend.count()) == (0, 0)
             total = 0
             for i, chunk in enumerate(chunks):
@@ -157,11 +169,11 @@ class OptionalParts:
             backend.delete_many([chunk.key for chunk in chunks])
             assert (backend.used_bytes(), backend.count()) == (0, 0)
 
+    @needs(Bounded)
     def test_entries_say_what_records_say(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(70))
         with self.opened() as backend:
-            _require(backend, Bounded)
             _write(backend, layout, chunks)
             entries = list(backend.entries(0))
             assert [(e.key, e.parent, e.root, e.start) for e in entries] == [(c.key, c.parent, c.root, c.start) for c in chunks]
@@ -172,12 +184,12 @@ class OptionalParts:
             assert [backend.tokens_of(chunk.key) for chunk in chunks] == [chunk.tokens for chunk in chunks]
             assert backend.tokens_of(ChunkKey(bytes(16))) is None
 
+    @needs(Bounded)
     def test_entries_after_a_number_are_what_came_since(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(96))
         keys = [chunk.key for chunk in chunks]
         with self.opened() as backend:
-            _require(backend, Bounded)
             _write(backend, layout, chunks)
             first = [entry.sequence for entry in backend.entries(0)]
             assert first == sorted(set(first))
@@ -190,39 +202,39 @@ class OptionalParts:
             assert [entry.key for entry in backend.entries(first[-1])] == [keys[1], keys[0]]
             assert [entry.key for entry in backend.entries(0)] == [keys[2], keys[4], keys[5], keys[1], keys[0]]
 
+    @needs(Bounded)
     def test_a_long_list_of_entries_is_complete(self) -> None:
         layout = _layout(1)
         chunks = [text_chunks(layout, [i])[0] for i in range(2500)]
         with self.opened(chunk_tokens=1) as backend:
-            _require(backend, Bounded)
             _write(backend, layout, chunks)
             assert [entry.key for entry in backend.entries(0)] == [chunk.key for chunk in chunks]
 
     # -- Syncing, Clearable ----------------------------------------------------------------------------------------------
 
+    @needs(Syncing)
     def test_sync_changes_nothing(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(30))
         with self.opened() as backend:
-            _require(backend, Syncing)
             backend.sync()
             _write(backend, layout, chunks)
             backend.sync()
             assert all(backend.contains_many([chunk.key for chunk in chunks]))
 
+    @needs(Clearable)
     def test_clear_removes_everything_and_stays_usable(self) -> None:
         layout = _layout()
         chunks = text_chunks(layout, range(90))
         keys = [chunk.key for chunk in chunks]
         with self.opened() as backend:
-            _require(backend, Clearable)
             _write(backend, layout, chunks)
             backend.clear()
             backend.clear()
             assert not any(backend.contains_many(keys))
-            if _offers(backend, Bounded):
+            if Bounded in self.offers:
                 assert (backend.used_bytes(), backend.count(), list(backend.entries(0))) == (0, 0, [])
-            if _offers(backend, LocalIndex):
+            if LocalIndex in self.offers:
                 assert backend.match_prefix(keys, [chunk.tokens for chunk in chunks]) == 0
                 assert backend.best_child(chunks[0].parent, chunks[0].tokens) is None
             _write(backend, layout, chunks)

@@ -21,16 +21,13 @@ LAYOUT = lmkv.KVLayout.dense(layers=1, heads=1, head_size=4, dtype="float32", ch
 
 
 class TestLmdbBackend(BackendSuite):
+    offers = (LocalIndex, Bounded, Syncing, Clearable)
     persistent = True
 
     def make(self, settings: BackendSettings) -> Backend:
         return LmdbBackend(
             dataclasses.replace(settings, options={**settings.options, "path": str(self.directory / settings.name)})
         )
-
-    def test_offers_everything(self) -> None:
-        with self.opened() as backend:
-            assert all(isinstance(backend, part) for part in (LocalIndex, Bounded, Syncing, Clearable))
 
 
 def open_at(path: Path, capacity: int = MIB, layout: lmkv.KVLayout = LAYOUT) -> LmdbBackend:

@@ -6,6 +6,7 @@ import pytest
 
 import lmkv
 from lmkv.backends import Backend, BackendSettings, open_backend
+from lmkv.backends.base import Clearable
 from lmkv.backends.memory import MemoryBackend
 from lmkv.chunks import ChunkKey
 from lmkv.errors import CapacityError, StoreClosedError
@@ -19,6 +20,8 @@ def key(i: int) -> ChunkKey:
 
 
 class TestMemoryBackend(BackendSuite):
+    offers = (Clearable,)
+
     def make(self, settings: BackendSettings) -> Backend:
         return MemoryBackend(settings)
 

@@ -18,6 +18,7 @@ import pytest
 import remotes
 
 import lmkv
+from lmkv.backends import lmdb_disk
 from lmkv.chunks import TokenChunker
 from lmkv.record import HEADER_BYTES, payload_offset
 from lmkv.testing.faults import flip_bit, truncate
@@ -312,6 +313,19 @@ def test_a_failing_tier_does_not_hide_the_next_one(setup: Setup) -> None:
         match = store.lookup(TOKENS).wait(30)
         assert match.tokens_by_tier() == {"good": 70}
         assert known_kv.fetch(store, TOKENS, match) == 70
+
+
+def test_a_tier_that_is_switched_off_is_closed_all_the_same(register: Register, tmp_path: Path) -> None:
+    register("lmkv.backends", "flaky_disk", "remotes:flaky_disk")
+    path = str(tmp_path / "disk")
+    tier = lmkv.TierConfig("flaky_disk", capacity=1 << 20, options={"path": path})
+    config = lmkv.StoreConfig(ram_capacity=1 << 20, disk_capacity=0, tiers=(tier,), breaker_failures=1)
+    with lmkv.Store(config, LAYOUT) as store:
+        remotes.CONNECTIONS[path].fails = lambda operation, number: True
+        assert store.lookup(TOKENS).hit_tokens == 0
+        assert not store.stats().tiers[1].enabled
+        assert path in lmdb_disk._registry
+    assert path not in lmdb_disk._registry
 
 
 # -- damaged -----------------------------------------------------------------------------------------------------------------

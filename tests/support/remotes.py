@@ -11,6 +11,7 @@ import itertools
 from typing import Any
 
 from lmkv.backends import BackendSettings
+from lmkv.backends.lmdb_disk import LmdbBackend
 from lmkv.backends.memory import MemoryBackend
 from lmkv.testing import DelayedBackend, FlakyBackend, FlippingBackend
 
@@ -62,4 +63,11 @@ def flipping(settings: BackendSettings) -> FlippingBackend:
     """Undamaged until its ``damage`` is replaced."""
     connection: FlippingBackend = FlippingBackend(healthy(settings), None)
     CONNECTIONS[str(settings.options["server"])] = connection
+    return connection
+
+
+def flaky_disk(settings: BackendSettings) -> FlakyBackend:
+    """An LMDB directory that works until its ``fails`` is replaced; known by its path."""
+    connection: FlakyBackend = FlakyBackend(LmdbBackend(settings), lambda operation, number: False)
+    CONNECTIONS[str(settings.options["path"])] = connection
     return connection

@@ -23,6 +23,7 @@ KEY = ChunkKey(bytes(16))
 
 
 class _OnDisk(BackendSuite):
+    offers = (LocalIndex, Bounded, Syncing, Clearable)
     persistent = True
     examples = 8
 

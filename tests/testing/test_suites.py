@@ -11,7 +11,7 @@ import pytest
 
 import lmkv
 from lmkv.backends import BackendSettings
-from lmkv.backends.base import Entry
+from lmkv.backends.base import Bounded, Clearable, Entry, LocalIndex, Syncing
 from lmkv.backends.lmdb_disk import LmdbBackend
 from lmkv.backends.memory import MemoryBackend
 from lmkv.chunks import ChunkKey
@@ -56,9 +56,10 @@ class HalfBatches(MemoryBackend):
             super().write_many([key], [piece])
 
 
-class OpenForEver(MemoryBackend):
+class ClosesOnce(MemoryBackend):
     def close(self) -> None:
-        """Not done."""
+        assert not self._closed
+        super().close()
 
 
 class TakesAnything(MemoryBackend):
@@ -73,7 +74,7 @@ MEMORY = {
     ReadsTooMuch: ["test_a_value_larger_than_its_buffer_is_absent"],
     SortsKeys: ["test_results_follow_the_keys"],
     HalfBatches: ["test_what_does_not_fit_is_refused_whole"],
-    OpenForEver: ["test_closed_for_good"],
+    ClosesOnce: ["test_closing_twice_is_harmless"],
     TakesAnything: ["test_refuses_options_it_does_not_know"],
 }
 
@@ -155,6 +156,7 @@ def _no_shrinking() -> Iterator[None]:
 @pytest.mark.parametrize(("broken", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_broken_backend_is_found_out(broken: Any, name: str, tmp_path: Path) -> None:
     class Suite(BackendSuite):
+        offers = (Clearable,) if issubclass(broken, MemoryBackend) else (LocalIndex, Bounded, Syncing, Clearable)
         examples = 60
 
         def make(self, settings: BackendSettings) -> Any:
@@ -220,6 +222,23 @@ def test_a_broken_codec_is_found_out(broken: Any, name: str, arguments: list[int
 
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         getattr(Suite(), name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"offers": ()}, "test_is_a_backend"),
+        ({"offers": (Clearable, Bounded)}, "test_is_a_backend"),
+        ({"persistent": True}, "test_data_outlive_close"),
+        ({"refuses_when_full": False}, "test_what_does_not_fit_is_refused_whole"),
+    ],
+)
+def test_a_suite_that_says_something_else_than_its_backend(change: dict[str, Any], name: str, tmp_path: Path) -> None:
+    made = {"offers": (Clearable,), "make": lambda self, settings: MemoryBackend(settings)} | change
+    suite: Any = type("Suite", (BackendSuite,), made)()
+    suite.directory, suite._opened = tmp_path, 0
+    with pytest.raises(AssertionError):
+        getattr(suite, name)()
 
 
 def test_what_an_author_has_to_define() -> None:

@@ -75,7 +75,7 @@ def test_three_rounds_as_json(
     assert status == 0
     assert [r["round"] for r in requests] == ["cold"] * 3 + ["ram"] * 3 + ["disk"] * 3
     for i in (0, 3, 6):
-        assert {r["document"] for r in requests[i : i + 3]} == {"try", "calls", "import"}
+        assert {r["document"] for r in requests[i : i + 3]} == {"try.txt", "calls.txt", "import.txt"}
     for r in requests:
         assert r["answer_equal"] is True
         assert r["tokens"] > 500
@@ -110,7 +110,11 @@ def test_table_plot_and_a_second_run_on_the_same_directory(
     assert status == 0
     assert "disk, from disk, in a new process: median TTFT" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
-    rows = [line.split() for line in out.splitlines() if any(name in line.split() for name in ("try", "calls", "import"))]
+    rows = [
+        line.split()
+        for line in out.splitlines()
+        if any(name in line.split() for name in ("try.txt", "calls.txt", "import.txt"))
+    ]
     assert len(rows) == 3
     assert all("disk" in row and row[-1] == "yes" for row in rows)
 
@@ -157,6 +161,15 @@ def test_what_is_missing_is_said(
         assert message in err
         assert err.strip().splitlines()[-1].startswith("lmkv demo: ")
         assert "Traceback" not in err
+
+
+def test_a_model_that_can_not_be_served(model: str, docs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "sliding")
+    make_model("mistral", sliding_window=64, vocab_size=400, max_position_embeddings=4096).save_pretrained(tmp_path / "sliding")
+    status, _, err = run(capsys, "--model", str(tmp_path / "sliding"), "--docs", docs)
+    assert status == 1
+    assert "sliding window" in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_a_model_without_a_chat_template(model: str, docs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
