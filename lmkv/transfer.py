@@ -22,7 +22,13 @@ from .layout import DTYPES, KVLayout, dtype_name
 __all__ = ["DenseKV", "KVAccess", "PagedKV", "Part", "Segment", "as_access", "gather", "payload_arrays", "scatter"]
 
 #: By name, since it stands in ``native/``, where type checkers of this package do not look.
-_native: Any = importlib.import_module("lmkv._native")
+try:
+    _native: Any = importlib.import_module("lmkv._native")
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "expected an installed lmkv; this is its source tree, where native/ and adapters/ are not yet part of the package: "
+        "run `pip install -e .` in it, or start Python elsewhere"
+    ) from error
 
 #: KV as unsigned integers of the elements' size: types that numpy lacks (bfloat16, float8) are bits like any other.
 Bits = npt.NDArray[Any]

@@ -202,7 +202,11 @@ def _in_new_process(args: argparse.Namespace, name: str) -> Iterator[Request]:
     """The requests of a round that another process answers, as they come."""
     from .demo_rounds import Request
 
-    command = [sys.executable, "-m", f"{__package__}.demo", "--one-round", name]
+    # not -m, which would look for the package in the current directory first, where a source tree may stand
+    code = (
+        f"import sys; sys.path[:] = filter(None, sys.path); from {__package__}.demo import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--one-round", name]
     for option in ("model", "docs", "max_new_tokens", "cache_dir", "threads"):
         value = getattr(args, option)
         if value is not None:

@@ -304,10 +304,10 @@ class SlowTier:
         )
         return record
 
-    def _put(self, chunks: list[NewChunk], records: list[memoryview]) -> bool:
+    def _put(self, chunks: list[NewChunk], records: list[memoryview], attempts: int = 16) -> bool:
         """Write, making room where the backend says there is none."""
         keys = [chunk.key for chunk in chunks]
-        for attempt in range(16):
+        for attempt in range(attempts):
             try:
                 self.backend.write_many(keys, records)
                 return True
@@ -319,8 +319,8 @@ class SlowTier:
         if len(chunks) == 1:
             return False
         half = len(chunks) // 2
-        first = self._put(chunks[:half], records[:half])
-        return self._put(chunks[half:], records[half:]) and first
+        first = self._put(chunks[:half], records[:half], 4)
+        return self._put(chunks[half:], records[half:], 4) and first
 
     def _evict_for(self, chunks: Sequence[NewChunk], records: Sequence[memoryview]) -> bool:
         """Delete what the policy names until the records should fit; ``False`` if there is no point in trying again."""
@@ -328,6 +328,8 @@ class SlowTier:
         if bounded is None or mirror is None:
             return False
         incoming = sum(bounded.cost(len(record)) for record in records)
+        if bounded.used_bytes() + incoming < bounded.capacity // 4:
+            return False  # what it has free is not to be had, perhaps because somebody hangs in a read: keep the rest
         # a backend that is full before its quota is reached has its free space in pieces: free as much as comes
         excess = max(bounded.used_bytes() + incoming - bounded.capacity, min(incoming, bounded.used_bytes()))
         protected = {key for chunk in chunks for key in (chunk.key, chunk.parent)}

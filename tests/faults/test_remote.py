@@ -20,7 +20,7 @@ import remotes
 import lmkv
 from lmkv.backends import lmdb_disk
 from lmkv.chunks import TokenChunker
-from lmkv.record import HEADER_BYTES, payload_offset
+from lmkv.record import HEADER_BYTES, payload_offset, seal
 from lmkv.testing.faults import flip_bit, truncate
 
 LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=16)
@@ -412,6 +412,18 @@ def test_whole_records_of_other_chunks_are_misses(setup: Setup) -> None:
         assert known_kv.fetch(store, TOKENS, store.lookup(TOKENS).wait(30)) == 32
         assert setup.kinds().count("corrupt") == 1
         until(lambda: not store.lookup(TOKENS).pending)
+
+
+def test_a_record_that_lies_about_its_tokens_is_a_miss(setup: Setup) -> None:
+    setup.fill()
+    store = setup.open("healthy")
+    keys = keys_of(store)
+    lying = memoryview(bytearray(record(setup, keys[2])))
+    names = {"key": keys[2], "parent": keys[1], "root": store.namespace.root, "layout": LAYOUT.fingerprint, "start": 32}
+    seal(lying, **names, tokens=bytes(64), offset=OFFSET, payload_bytes=LAYOUT.chunk_bytes)  # type: ignore[arg-type]
+    setup.backend.write_many([keys[2]], [lying])
+    assert known_kv.fetch(store, TOKENS, store.lookup(TOKENS).wait(30)) == 32
+    assert setup.kinds().count("corrupt") == 1
 
 
 def test_records_of_another_layout_are_misses(setup: Setup) -> None:

@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 import threading
+import time
 
 import known_kv
 import numpy as np
@@ -100,14 +101,16 @@ def starved(directory: str, seed: int, texts: int) -> None:
         store.flush(60)
         dropped = sum(int(str(event.detail["chunks"])) for event in events if event.kind == "write_dropped")
         failed = [str(event.detail["reason"]) for event in events if event.kind == "tier_failed"]
-        print(dropped, any(event.kind == "tier_disabled" for event in events), failed[0] if failed else "", flush=True)
+        print(dropped, failed[0] if failed else "", flush=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        for number in range(texts, 100 * texts):
+        for number in range(texts, texts + 200):
             tokens = text(seed, number)
             store.store(tokens, known_kv.source(LAYOUT, tokens))
             store.flush(60)
-            if any(event.kind == "tier_enabled" for event in events):
+            keys = lmkv.TokenChunker(store.namespace, LAYOUT.chunk_tokens).prefix_keys(tokens)
+            if all(store._slow[0].backend.contains_many(keys)):
                 break
+            time.sleep(0.01)
         print(number, flush=True)
 
 
