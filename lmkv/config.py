@@ -182,6 +182,7 @@ class StoreConfig:
         ram_capacity, ram_policy: bytes of slots, and lru, lfu, fifo, mru or s3fifo.
         ram_shared: slots in memory that another process can map.
         ram_extent: bytes by which the pool grows.
+        ram_ahead: bytes of free slots that are made ready beside the caller, since fresh memory is slow to touch; 0 for none.
         chain_aware: never evict a chunk before those that extend it.
 
     Disk tier:
@@ -211,6 +212,7 @@ class StoreConfig:
     ram_policy: str = "lru"
     ram_shared: bool = False
     ram_extent: int = field(default=64 * 1024**2, metadata=_BYTES)
+    ram_ahead: int = field(default=256 * 1024**2, metadata=_BYTES)
     chain_aware: bool = True
     disk_capacity: int = field(default=10 * 1024**3, metadata=_BYTES)
     disk_path: str | None = None
@@ -232,7 +234,7 @@ class StoreConfig:
             for i, tier in enumerate(self.tiers or ())
         )
         object.__setattr__(self, "tiers", tiers)
-        for name in ("ram_capacity", "ram_extent", "disk_capacity"):
+        for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity"):
             object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
         if self.chunk_size is not None:

@@ -10,16 +10,21 @@ it vanishes with its last user, however that ends.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
 
-__all__ = ["HostPool", "MappedPool", "PoolHandle"]
+__all__ = ["HostPool", "MappedPool", "PoolHandle", "populate"]
 
 _PAGE = 4096
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,11 @@ class HostPool(_Slab):
         """Slots that :meth:`allocate` could still give out, grown or not."""
         return self.slots - self.used
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of slots that can be allocated without growing."""
+        return len(self._free) * self.slot_bytes
+
     def allocate(self, n: int) -> list[int] | None:
         """Ids of ``n`` slots, all or ``None``. Grows the slab when needed; contents are whatever was there before.
 
@@ -134,6 +144,19 @@ class HostPool(_Slab):
             used[slot] = 1
         taken.reverse()
         return taken
+
+    def grow_ahead(self, size: int) -> list[tuple[int, int]]:
+        """Grow until ``size`` bytes of slots are free; returns what :func:`populate` takes.
+
+        Raises:
+            CapacityError: the operating system gives no more memory.
+        """
+        grown: list[tuple[int, int]] = []
+        while self.free_bytes < size and len(self._used) < self.slots and not self._closed:
+            self._grow()
+            view = self._views[-1]
+            grown.append((np.frombuffer(view, np.uint8).__array_interface__["data"][0], len(view)))
+        return grown
 
     def release(self, slots: Sequence[int]) -> None:
         """Give slots back.
@@ -191,6 +214,20 @@ class HostPool(_Slab):
         assert len(set(self._free)) == len(self._free)
         assert all(not self._used[slot] for slot in self._free)
         assert sum(self._used) == self.used
+
+
+def populate(ranges: Sequence[tuple[int, int]]) -> None:
+    """Have the system back memory with pages now, without changing what is in it. Best effort; releases the interpreter lock.
+
+    Args:
+        ranges: address and size in bytes of mapped memory.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for address, size in ranges:
+        madvise(address, size, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then
 
 
 class MappedPool(_Slab):

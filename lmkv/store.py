@@ -87,6 +87,9 @@ class Store:
         self._finder = Finder(self._lock, self._ram, self._slow)
         _open_stores.add(self)
         self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, lambda match: self._held(match)[1], self._emit)
+        if any(tier.holds_something() for tier in self._slow):
+            with self._lock:
+                self._ram.prepare()
 
     def _open_tier(self, settings: TierConfig) -> SlowTier:
         backend = open_backend(
@@ -300,7 +303,9 @@ class Store:
             while got < n and sum(tier.writer.drop_oldest(n - got, "their slots were needed") for tier in self._slow) > 0:
                 got = self._ram.make_room(n, keep)
             n = got
-        return pool.allocate(n) or []
+        slots = pool.allocate(n) or []
+        self._ram.prepare()
+        return slots
 
     def _commit(self, reservation: Reservation) -> int:
         with self._lock:

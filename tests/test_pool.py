@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmkv.errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
-from lmkv.pool import HostPool, MappedPool, PoolHandle
+from lmkv.pool import HostPool, MappedPool, PoolHandle, populate
 
 PAGE = 4096
 
@@ -260,3 +260,21 @@ def test_a_closed_map_says_so() -> None:
     with pytest.raises(StoreClosedError, match="closed"):
         mapped.view(0)
     pool.close()
+
+
+def test_growing_ahead_makes_slots_free_and_changes_no_byte() -> None:
+    pool = HostPool(5000, 100, extent_bytes=64 * 1024)
+    (slot,) = pool.allocate(1)
+    pool.view(slot)[:] = b"\x5a" * pool.slot_bytes
+    ranges = pool.grow_ahead(300 * 1024)
+    assert pool.free_bytes >= 300 * 1024
+    assert all(size == pool.extent_bytes for _, size in ranges)
+    populate(ranges)
+    assert bytes(pool.view(slot)) == b"\x5a" * pool.slot_bytes
+    assert pool.grow_ahead(300 * 1024) == []
+    pool._check()
+    assert len(pool.grow_ahead(2**40)) > 0
+    assert pool.available == 99  # never more than the pool's limit
+    pool._check()
+    pool.close()
+    populate(ranges)  # gone meanwhile: nothing happens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from array import array
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from ..eviction.chain import ChainAware
 from ..index import ContentIndex, Node, PrefixIndex
 from ..index.content import chunk_fingerprints, root_seed
 from ..layout import KVLayout
-from ..pool import HostPool
+from ..pool import HostPool, populate
 from ..record import payload_offset
 from .stats import TierStats
 
@@ -85,6 +87,8 @@ class RamTier:
         policy = make_policy(config.ram_policy, slots)
         self.policy: EvictionPolicy = ChainAware(policy, self.index) if config.chain_aware else policy
         self.evictions = 0
+        self._ahead = min(config.ram_ahead, slots * self.pool.slot_bytes)
+        self._preparing = False
         self._nodes: list[Node | None] = []  # by slot
         self._fingerprints = array("Q")  # by slot; of full chunks
         self._starts = array("I")  # by slot: position of the chunk's first token in its text
@@ -96,6 +100,20 @@ class RamTier:
         """The payload of a chunk of ``tokens`` tokens in a slot."""
         begin = self.payload_offset
         return self.pool.view(slot)[begin : begin + tokens * self.layout.token_bytes]
+
+    def prepare(self) -> None:
+        """Have free slots made ready on a thread of their own, if there are few."""
+        if self._preparing or self.pool.free_bytes >= self._ahead:
+            return
+        with contextlib.suppress(CapacityError):  # no memory to spare: whoever needs the slots will hear of it
+            grown = self.pool.grow_ahead(self._ahead)
+            if grown:
+                self._preparing = True
+                threading.Thread(target=self._populate, args=(grown,), name="lmkv-prepare", daemon=True).start()
+
+    def _populate(self, grown: list[tuple[int, int]]) -> None:
+        populate(grown)
+        self._preparing = False
 
     def make_room(self, n: int, protected: Container[ChunkKey]) -> int:
         """Evict until ``n`` slots can be allocated, or as many as can be; returns how many that is."""

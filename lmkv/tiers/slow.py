@@ -130,6 +130,11 @@ class SlowTier:
             self.breaker.success()
         return result
 
+    def holds_something(self) -> bool:
+        """Whether loads are to be expected: a bounded tier that is not empty."""
+        bounded = self._bounded
+        return bounded is not None and self._guarded("stats", bounded.count, 0) > 0
+
     # -- looking up ------------------------------------------------------------------------------------------------------
 
     def match_prefix(self, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
