@@ -110,8 +110,9 @@ def test_every_setting_can_come_from_the_environment() -> None:
     texts = {
         "chunk_size": "32", "save_partial_chunk": "off", "ram_capacity": "1GiB", "ram_policy": "lfu", "ram_shared": "true",
         "ram_extent": "1MiB", "chain_aware": "0", "disk_capacity": "2GiB", "disk_path": "/x", "disk_policy": "fifo",
-        "ram_ahead": "1MiB", "disk_codec": "blosc2", "tiers": "[{backend: memory}]", "lease_seconds": "1.5", "deadline_seconds": "3",
+        "disk_codec": "blosc2", "tiers": "[{backend: memory}]", "lease_seconds": "1.5", "deadline_seconds": "3",
         "write_queue": "9", "io_threads": "4", "breaker_failures": "2", "breaker_seconds": "7", "key_hash": "xxh3",
+        "ram_ahead": "1MiB",
     }  # fmt: skip
     for field in dataclasses.fields(StoreConfig):
         config = StoreConfig.load(environ={ENV_PREFIX + field.name.upper(): texts.get(field.name, "text")})

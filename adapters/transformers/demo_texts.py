@@ -54,7 +54,7 @@ _TOPICS = {
     ),
 }
 #: How many of them are read.
-_COUNT = 5
+_COUNT = 4
 _SHORTEST, _LONGEST = 1500, 2900
 _QUESTIONS = ("What is this text about?", "What is its most important point?", "Which example does it give?")
 
