@@ -208,7 +208,7 @@ def test_the_summary() -> None:
 def test_the_manual_is_cut_at_paragraphs(model: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     documents = demo_texts.documents(None, tokenizer, 4000)
-    assert len(documents) == 5
+    assert len(documents) == 4
     for document in documents:
         assert 1500 <= len(tokenizer(document.text).input_ids) <= 2900
         assert len(document.questions) == 3
