@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["INTERFACE", "ffi", "lib"]
 
 #: The version of ``lmkv.h`` that this package was written for.
-INTERFACE = 1
+INTERFACE = 2
 
 ffi: Any = None
 lib: Any = None

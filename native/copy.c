@@ -1,11 +1,9 @@
 /* Host copies. Measured on a Xeon (Sapphire Rapids) with 64 KiB runs of 448 MiB, one large memcpy = 1: memcpy of each run 0.57,
  * since short copies read every line that they are about to overwrite; streaming stores 0.73; streaming stores that work at
  * 4, 8, 12 places of the run in turn 0.93, 0.94, 0.98, since that keeps more of the memory's banks busy. */
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "plan.h"
 
-#include "lmkv.h"
+#include <string.h>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <emmintrin.h>
@@ -23,8 +21,6 @@ enum {
     STREAM_RUN = 16 << 10 /* shorter runs stay with memcpy */
 };
 static const int64_t STREAM_TOTAL = 4 << 20; /* a copy that fits the caches is wanted in them */
-
-int lmkv_version(void) { return 1; }
 
 #if LMKV_STREAMING
 static inline void stream_line(char *dst, const char *src) {
@@ -82,35 +78,51 @@ static void copy_run(char *dst, const char *src, size_t n, int streaming) {
     memcpy(dst, src, n);
 }
 
-static void copy_box(const lmkv_box *box, int streaming) {
-    int64_t heads = box->heads, tokens = box->tokens, run = box->run;
-    if (box->src_token == run && box->dst_token == run) {
-        run *= tokens;
-        tokens = 1;
-        if (box->src_head == run && box->dst_head == run) {
-            run *= heads;
-            heads = 1;
-        }
+/* Copy a token range of one row and head: `tokens` runs of `run` bytes. */
+static void copy_tokens(char *dst, const char *src, int64_t tokens, int64_t run, int64_t dst_token, int64_t src_token, int streaming) {
+    if (src_token == run && dst_token == run) {
+        copy_run(dst, src, (size_t)(tokens * run), streaming);
+        return;
     }
-    for (int64_t head = 0; head < heads; head++) {
-        const char *src = (const char *)(uintptr_t)box->src + head * box->src_head;
-        char *dst = (char *)(uintptr_t)box->dst + head * box->dst_head;
-        for (int64_t token = 0; token < tokens; token++) {
-            copy_run(dst, src, (size_t)run, streaming);
-            src += box->src_token;
-            dst += box->dst_token;
+    for (int64_t t = 0; t < tokens; t++) {
+        copy_run(dst, src, (size_t)run, streaming);
+        dst += dst_token;
+        src += src_token;
+    }
+}
+
+/* One row of one part. Tokens that follow each other in a block are one piece. */
+static void copy_row(const lmkv_row *row, const lmkv_part *part, const lmkv_place *places, int into_payloads, int streaming) {
+    char *payload = (char *)(uintptr_t)part->payload + part->held * row->offset;
+    for (int64_t h = 0; h < row->heads; h++) {
+        char *mine = payload + (h * part->held + part->first) * row->run;
+        char *theirs = (char *)(uintptr_t)row->base + h * row->head_stride;
+        for (int64_t t = 0; t < part->tokens;) {
+            int32_t block = places[t].block, index = places[t].index;
+            int64_t n = 1;
+            while (t + n < part->tokens && places[t + n].block == block && places[t + n].index == index + n) n++;
+            if (block >= 0) {
+                char *there = theirs + block * row->block_stride + index * row->token_stride, *here = mine + t * row->run;
+                if (into_payloads)
+                    copy_tokens(here, there, n, row->run, row->run, row->token_stride, streaming);
+                else
+                    copy_tokens(there, here, n, row->run, row->token_stride, row->run, streaming);
+            }
+            t += n;
         }
     }
 }
 
-int64_t lmkv_copy(const lmkv_box *boxes, size_t count) {
-    int64_t total = 0;
-    for (size_t i = 0; i < count; i++) {
-        const lmkv_box *box = &boxes[i];
-        if (box->heads < 0 || box->tokens < 0 || box->run < 0 || !box->src || !box->dst) return -1 - (int64_t)i;
-        total += box->heads * box->tokens * box->run;
+int64_t lmkv_host_copy(const lmkv_plan *plan, int into_payloads, int threads, char *why, size_t room) {
+    int64_t total = lmkv_check(plan, why, room);
+    (void)threads;
+    for (int64_t p = 0; total > 0 && p < plan->n_parts; p++) {
+        const lmkv_part *part = &plan->parts[p];
+        for (int64_t r = 0; r < plan->n_rows; r++) {
+            const lmkv_row *row = &plan->rows[r];
+            copy_row(row, part, plan->places + row->table * plan->n_places + part->at, into_payloads, total >= STREAM_TOTAL);
+        }
     }
-    for (size_t i = 0; i < count; i++) copy_box(&boxes[i], total >= STREAM_TOTAL);
 #if LMKV_STREAMING
     _mm_sfence(); /* streamed bytes are seen before whatever the caller does next */
 #endif

@@ -587,70 +587,136 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 7), // int()(void)
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(void)
 /*  1 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION, 6), // int64_t()(lmkv_box const *, size_t)
-/*  3 */ _CFFI_OP(_CFFI_OP_POINTER, 8), // lmkv_box const *
-/*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/*  5 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/*  7 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/*  8 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_box
+/*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION, 16), // int64_t()(lmkv_plan const *, char *, size_t)
+/*  3 */ _CFFI_OP(_CFFI_OP_POINTER, 21), // lmkv_plan const *
+/*  4 */ _CFFI_OP(_CFFI_OP_POINTER, 14), // char *
+/*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 16), // int64_t()(lmkv_plan const *, int, int, char *, size_t)
+/*  8 */ _CFFI_OP(_CFFI_OP_NOOP, 3),
+/*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 11 */ _CFFI_OP(_CFFI_OP_NOOP, 4),
+/* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 14 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 15 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 16 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 18), // lmkv_part const *
+/* 18 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_part
+/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 20), // lmkv_place const *
+/* 20 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_place
+/* 21 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_plan
+/* 22 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // lmkv_row const *
+/* 23 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_row
+/* 24 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 };
 
 _CFFI_UNUSED_FN
-static void _cffi_checkfld_typedef_lmkv_box(lmkv_box *p)
+static void _cffi_checkfld_typedef_lmkv_part(lmkv_part *p)
 {
   /* only to generate compile-time warnings or errors */
   (void)p;
-  (void)((p->src) | 0);  /* check that 'lmkv_box.src' is an integer */
-  (void)((p->dst) | 0);  /* check that 'lmkv_box.dst' is an integer */
-  (void)((p->heads) | 0);  /* check that 'lmkv_box.heads' is an integer */
-  (void)((p->tokens) | 0);  /* check that 'lmkv_box.tokens' is an integer */
-  (void)((p->run) | 0);  /* check that 'lmkv_box.run' is an integer */
-  (void)((p->src_head) | 0);  /* check that 'lmkv_box.src_head' is an integer */
-  (void)((p->src_token) | 0);  /* check that 'lmkv_box.src_token' is an integer */
-  (void)((p->dst_head) | 0);  /* check that 'lmkv_box.dst_head' is an integer */
-  (void)((p->dst_token) | 0);  /* check that 'lmkv_box.dst_token' is an integer */
+  (void)((p->payload) | 0);  /* check that 'lmkv_part.payload' is an integer */
+  (void)((p->held) | 0);  /* check that 'lmkv_part.held' is an integer */
+  (void)((p->first) | 0);  /* check that 'lmkv_part.first' is an integer */
+  (void)((p->tokens) | 0);  /* check that 'lmkv_part.tokens' is an integer */
+  (void)((p->at) | 0);  /* check that 'lmkv_part.at' is an integer */
 }
-struct _cffi_align_typedef_lmkv_box { char x; lmkv_box y; };
+struct _cffi_align_typedef_lmkv_part { char x; lmkv_part y; };
 
-static int64_t _cffi_d_lmkv_copy(lmkv_box const * x0, size_t x1)
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_lmkv_place(lmkv_place *p)
 {
-  return lmkv_copy(x0, x1);
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->block) | 0);  /* check that 'lmkv_place.block' is an integer */
+  (void)((p->index) | 0);  /* check that 'lmkv_place.index' is an integer */
+}
+struct _cffi_align_typedef_lmkv_place { char x; lmkv_place y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_lmkv_plan(lmkv_plan *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { lmkv_row const * *tmp = &p->rows; (void)tmp; }
+  (void)((p->n_rows) | 0);  /* check that 'lmkv_plan.n_rows' is an integer */
+  { lmkv_part const * *tmp = &p->parts; (void)tmp; }
+  (void)((p->n_parts) | 0);  /* check that 'lmkv_plan.n_parts' is an integer */
+  { lmkv_place const * *tmp = &p->places; (void)tmp; }
+  (void)((p->n_places) | 0);  /* check that 'lmkv_plan.n_places' is an integer */
+  (void)((p->tables) | 0);  /* check that 'lmkv_plan.tables' is an integer */
+}
+struct _cffi_align_typedef_lmkv_plan { char x; lmkv_plan y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_lmkv_row(lmkv_row *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->base) | 0);  /* check that 'lmkv_row.base' is an integer */
+  (void)((p->block_stride) | 0);  /* check that 'lmkv_row.block_stride' is an integer */
+  (void)((p->token_stride) | 0);  /* check that 'lmkv_row.token_stride' is an integer */
+  (void)((p->head_stride) | 0);  /* check that 'lmkv_row.head_stride' is an integer */
+  (void)((p->blocks) | 0);  /* check that 'lmkv_row.blocks' is an integer */
+  (void)((p->block_tokens) | 0);  /* check that 'lmkv_row.block_tokens' is an integer */
+  (void)((p->heads) | 0);  /* check that 'lmkv_row.heads' is an integer */
+  (void)((p->run) | 0);  /* check that 'lmkv_row.run' is an integer */
+  (void)((p->offset) | 0);  /* check that 'lmkv_row.offset' is an integer */
+  (void)((p->table) | 0);  /* check that 'lmkv_row.table' is an integer */
+}
+struct _cffi_align_typedef_lmkv_row { char x; lmkv_row y; };
+
+static int64_t _cffi_d_lmkv_check(lmkv_plan const * x0, char * x1, size_t x2)
+{
+  return lmkv_check(x0, x1, x2);
 }
 #ifndef PYPY_VERSION
 static PyObject *
-_cffi_f_lmkv_copy(PyObject *self, PyObject *args)
+_cffi_f_lmkv_check(PyObject *self, PyObject *args)
 {
-  lmkv_box const * x0;
-  size_t x1;
+  lmkv_plan const * x0;
+  char * x1;
+  size_t x2;
   Py_ssize_t datasize;
   struct _cffi_freeme_s *large_args_free = NULL;
   int64_t result;
   PyObject *pyresult;
   PyObject *arg0;
   PyObject *arg1;
+  PyObject *arg2;
 
-  if (!PyArg_UnpackTuple(args, "lmkv_copy", 2, 2, &arg0, &arg1))
+  if (!PyArg_UnpackTuple(args, "lmkv_check", 3, 3, &arg0, &arg1, &arg2))
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
       _cffi_type(3), arg0, (char **)&x0);
   if (datasize != 0) {
-    x0 = ((size_t)datasize) <= 640 ? (lmkv_box const *)alloca((size_t)datasize) : NULL;
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_plan const *)alloca((size_t)datasize) : NULL;
     if (_cffi_convert_array_argument(_cffi_type(3), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
-  x1 = _cffi_to_c_int(arg1, size_t);
-  if (x1 == (size_t)-1 && PyErr_Occurred())
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(4), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(4), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
     return NULL;
 
   Py_BEGIN_ALLOW_THREADS
   _cffi_restore_errno();
-  { result = lmkv_copy(x0, x1); }
+  { result = lmkv_check(x0, x1, x2); }
   _cffi_save_errno();
   Py_END_ALLOW_THREADS
 
@@ -660,7 +726,78 @@ _cffi_f_lmkv_copy(PyObject *self, PyObject *args)
   return pyresult;
 }
 #else
-#  define _cffi_f_lmkv_copy _cffi_d_lmkv_copy
+#  define _cffi_f_lmkv_check _cffi_d_lmkv_check
+#endif
+
+static int64_t _cffi_d_lmkv_host_copy(lmkv_plan const * x0, int x1, int x2, char * x3, size_t x4)
+{
+  return lmkv_host_copy(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_host_copy(PyObject *self, PyObject *args)
+{
+  lmkv_plan const * x0;
+  int x1;
+  int x2;
+  char * x3;
+  size_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_host_copy", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(3), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_plan const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(3), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int);
+  if (x1 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, int);
+  if (x2 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(4), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(4), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, size_t);
+  if (x4 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_host_copy(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_host_copy _cffi_d_lmkv_host_copy
 #endif
 
 static int _cffi_d_lmkv_version(void)
@@ -690,47 +827,102 @@ _cffi_f_lmkv_version(PyObject *self, PyObject *noarg)
 #endif
 
 static const struct _cffi_global_s _cffi_globals[] = {
-  { "lmkv_copy", (void *)_cffi_f_lmkv_copy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 2), (void *)_cffi_d_lmkv_copy },
+  { "lmkv_check", (void *)_cffi_f_lmkv_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 2), (void *)_cffi_d_lmkv_check },
+  { "lmkv_host_copy", (void *)_cffi_f_lmkv_host_copy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 7), (void *)_cffi_d_lmkv_host_copy },
   { "lmkv_version", (void *)_cffi_f_lmkv_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 0), (void *)_cffi_d_lmkv_version },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
-  { "src", offsetof(lmkv_box, src),
-           sizeof(((lmkv_box *)0)->src),
-           _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "dst", offsetof(lmkv_box, dst),
-           sizeof(((lmkv_box *)0)->dst),
-           _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "heads", offsetof(lmkv_box, heads),
-             sizeof(((lmkv_box *)0)->heads),
-             _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "tokens", offsetof(lmkv_box, tokens),
-              sizeof(((lmkv_box *)0)->tokens),
-              _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "run", offsetof(lmkv_box, run),
-           sizeof(((lmkv_box *)0)->run),
-           _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "src_head", offsetof(lmkv_box, src_head),
-                sizeof(((lmkv_box *)0)->src_head),
-                _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "src_token", offsetof(lmkv_box, src_token),
-                 sizeof(((lmkv_box *)0)->src_token),
-                 _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "dst_head", offsetof(lmkv_box, dst_head),
-                sizeof(((lmkv_box *)0)->dst_head),
-                _CFFI_OP(_CFFI_OP_NOOP, 6) },
-  { "dst_token", offsetof(lmkv_box, dst_token),
-                 sizeof(((lmkv_box *)0)->dst_token),
-                 _CFFI_OP(_CFFI_OP_NOOP, 6) },
+  { "payload", offsetof(lmkv_part, payload),
+               sizeof(((lmkv_part *)0)->payload),
+               _CFFI_OP(_CFFI_OP_NOOP, 24) },
+  { "held", offsetof(lmkv_part, held),
+            sizeof(((lmkv_part *)0)->held),
+            _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "first", offsetof(lmkv_part, first),
+             sizeof(((lmkv_part *)0)->first),
+             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "tokens", offsetof(lmkv_part, tokens),
+              sizeof(((lmkv_part *)0)->tokens),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "at", offsetof(lmkv_part, at),
+          sizeof(((lmkv_part *)0)->at),
+          _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "block", offsetof(lmkv_place, block),
+             sizeof(((lmkv_place *)0)->block),
+             _CFFI_OP(_CFFI_OP_NOOP, 15) },
+  { "index", offsetof(lmkv_place, index),
+             sizeof(((lmkv_place *)0)->index),
+             _CFFI_OP(_CFFI_OP_NOOP, 15) },
+  { "rows", offsetof(lmkv_plan, rows),
+            sizeof(((lmkv_plan *)0)->rows),
+            _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "n_rows", offsetof(lmkv_plan, n_rows),
+              sizeof(((lmkv_plan *)0)->n_rows),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "parts", offsetof(lmkv_plan, parts),
+             sizeof(((lmkv_plan *)0)->parts),
+             _CFFI_OP(_CFFI_OP_NOOP, 17) },
+  { "n_parts", offsetof(lmkv_plan, n_parts),
+               sizeof(((lmkv_plan *)0)->n_parts),
+               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "places", offsetof(lmkv_plan, places),
+              sizeof(((lmkv_plan *)0)->places),
+              _CFFI_OP(_CFFI_OP_NOOP, 19) },
+  { "n_places", offsetof(lmkv_plan, n_places),
+                sizeof(((lmkv_plan *)0)->n_places),
+                _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "tables", offsetof(lmkv_plan, tables),
+              sizeof(((lmkv_plan *)0)->tables),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "base", offsetof(lmkv_row, base),
+            sizeof(((lmkv_row *)0)->base),
+            _CFFI_OP(_CFFI_OP_NOOP, 24) },
+  { "block_stride", offsetof(lmkv_row, block_stride),
+                    sizeof(((lmkv_row *)0)->block_stride),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "token_stride", offsetof(lmkv_row, token_stride),
+                    sizeof(((lmkv_row *)0)->token_stride),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "head_stride", offsetof(lmkv_row, head_stride),
+                   sizeof(((lmkv_row *)0)->head_stride),
+                   _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "blocks", offsetof(lmkv_row, blocks),
+              sizeof(((lmkv_row *)0)->blocks),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "block_tokens", offsetof(lmkv_row, block_tokens),
+                    sizeof(((lmkv_row *)0)->block_tokens),
+                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "heads", offsetof(lmkv_row, heads),
+             sizeof(((lmkv_row *)0)->heads),
+             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "run", offsetof(lmkv_row, run),
+           sizeof(((lmkv_row *)0)->run),
+           _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "offset", offsetof(lmkv_row, offset),
+              sizeof(((lmkv_row *)0)->offset),
+              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+  { "table", offsetof(lmkv_row, table),
+             sizeof(((lmkv_row *)0)->table),
+             _CFFI_OP(_CFFI_OP_NOOP, 16) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$lmkv_box", 8, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_box), offsetof(struct _cffi_align_typedef_lmkv_box, y), 0, 9 },
+  { "$lmkv_part", 18, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 0, 5 },
+  { "$lmkv_place", 20, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 5, 2 },
+  { "$lmkv_plan", 21, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 7, 7 },
+  { "$lmkv_row", 23, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 14, 10 },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "lmkv_box", 8 },
+  { "lmkv_part", 18 },
+  { "lmkv_place", 20 },
+  { "lmkv_plan", 21 },
+  { "lmkv_row", 23 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -740,12 +932,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   NULL,  /* no enums */
   _cffi_typenames,
-  2,  /* num_globals */
-  1,  /* num_struct_unions */
+  3,  /* num_globals */
+  4,  /* num_struct_unions */
   0,  /* num_enums */
-  1,  /* num_typenames */
+  4,  /* num_typenames */
   NULL,  /* no includes */
-  9,  /* num_types */
+  25,  /* num_types */
   0,  /* flags */
 };
 

@@ -207,11 +207,11 @@ def test_a_lease_that_is_lost_under_a_copy_counts_as_nothing(open_store) -> None
     class SlowSink(lmkv.DenseKV):
         """Somebody needs the slots just when the copy begins."""
 
-        def segments(self, start: int, stop: int) -> list:
+        def places(self, start: int, stop: int) -> np.ndarray:
             time.sleep(0.02)
             other = text + 5000
             store.store(other, kv_of(other))
-            return super().segments(start, stop)
+            return super().places(start, stop)
 
     assert store.retrieve(lease, SlowSink(np.zeros((LAYERS, 2, HEADS, 32, SIZE), np.float32))) == 0
 

@@ -1,0 +1,84 @@
+/* Whether a plan stays inside the memory it names. Everything is checked here, before the first byte moves: kernels check nothing. */
+#include "plan.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+int64_t lmkv_refuse(char *why, size_t room, const char *form, ...) {
+    va_list values;
+    va_start(values, form);
+    if (why && room) vsnprintf(why, room, form, values);
+    va_end(values);
+    return -1;
+}
+
+static int64_t check_rows(const lmkv_plan *plan, char *why, size_t room) {
+    for (int64_t r = 0; r < plan->n_rows; r++) {
+        const lmkv_row *row = &plan->rows[r];
+        if (!row->base) return lmkv_refuse(why, room, "row %lld: expected an address; got null", (long long)r);
+        if (row->blocks < 1 || row->block_tokens < 1 || row->heads < 1 || row->run < 1)
+            return lmkv_refuse(why, room, "row %lld: expected at least one block, token, head and byte; got %lld, %lld, %lld, %lld",
+                               (long long)r, (long long)row->blocks, (long long)row->block_tokens, (long long)row->heads,
+                               (long long)row->run);
+        if (row->offset < 0) return lmkv_refuse(why, room, "row %lld: expected an offset of at least 0; got %lld", (long long)r, (long long)row->offset);
+        if (row->table < 0 || row->table >= plan->tables)
+            return lmkv_refuse(why, room, "row %lld: expected a block table from 0 to %lld; got %lld", (long long)r,
+                               (long long)plan->tables - 1, (long long)row->table);
+    }
+    return 0;
+}
+
+static int64_t check_parts(const lmkv_plan *plan, char *why, size_t room) {
+    for (int64_t p = 0; p < plan->n_parts; p++) {
+        const lmkv_part *part = &plan->parts[p];
+        if (!part->payload) return lmkv_refuse(why, room, "part %lld: expected an address; got null", (long long)p);
+        if (part->first < 0 || part->tokens < 0 || part->held < 0 || part->first > part->held - part->tokens)
+            return lmkv_refuse(why, room, "part %lld: expected tokens within the %lld held; got %lld from %lld on", (long long)p,
+                               (long long)part->held, (long long)part->tokens, (long long)part->first);
+        if (part->at < 0 || part->at > plan->n_places - part->tokens)
+            return lmkv_refuse(why, room, "part %lld: expected places within the %lld of a table; got %lld from %lld on", (long long)p,
+                               (long long)plan->n_places, (long long)part->tokens, (long long)part->at);
+    }
+    return 0;
+}
+
+/* Bytes of one place in a table: the rows that read it; refuses a place outside any of them. */
+static int64_t check_table(const lmkv_plan *plan, int64_t table, char *why, size_t room) {
+    int64_t blocks = INT64_MAX, tokens = INT64_MAX, bytes = 0, total = 0;
+    for (int64_t r = 0; r < plan->n_rows; r++) {
+        const lmkv_row *row = &plan->rows[r];
+        if (row->table != table) continue;
+        if (row->blocks < blocks) blocks = row->blocks;
+        if (row->block_tokens < tokens) tokens = row->block_tokens;
+        bytes += row->heads * row->run;
+    }
+    if (!bytes) return 0;
+    for (int64_t p = 0; p < plan->n_parts; p++) {
+        const lmkv_part *part = &plan->parts[p];
+        const lmkv_place *places = plan->places + table * plan->n_places + part->at;
+        for (int64_t t = 0; t < part->tokens; t++) {
+            if (places[t].block < 0) continue;
+            if (places[t].block >= blocks || places[t].index < 0 || places[t].index >= tokens)
+                return lmkv_refuse(why, room, "part %lld, token %lld: expected a block below %lld and a token in it below %lld; got %d and %d",
+                                   (long long)p, (long long)t, (long long)blocks, (long long)tokens, places[t].block, places[t].index);
+            total += bytes;
+        }
+    }
+    return total;
+}
+
+int64_t lmkv_check(const lmkv_plan *plan, char *why, size_t room) {
+    int64_t total = 0;
+    if (plan->n_rows < 0 || plan->n_parts < 0 || plan->n_places < 0 || plan->tables < 0)
+        return lmkv_refuse(why, room, "expected counts of at least 0; got %lld rows, %lld parts, %lld places, %lld tables",
+                           (long long)plan->n_rows, (long long)plan->n_parts, (long long)plan->n_places, (long long)plan->tables);
+    if (check_rows(plan, why, room) < 0 || check_parts(plan, why, room) < 0) return -1;
+    for (int64_t table = 0; table < plan->tables; table++) {
+        int64_t bytes = check_table(plan, table, why, room);
+        if (bytes < 0) return -1;
+        total += bytes;
+    }
+    return total;
+}
+
+int lmkv_version(void) { return 2; }
