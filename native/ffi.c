@@ -587,32 +587,123 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // int()(void)
-/*  1 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION, 16), // int64_t()(lmkv_plan const *, char *, size_t)
-/*  3 */ _CFFI_OP(_CFFI_OP_POINTER, 21), // lmkv_plan const *
-/*  4 */ _CFFI_OP(_CFFI_OP_POINTER, 14), // char *
-/*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  7 */ _CFFI_OP(_CFFI_OP_FUNCTION, 16), // int64_t()(lmkv_plan const *, int, int, char *, size_t)
-/*  8 */ _CFFI_OP(_CFFI_OP_NOOP, 3),
-/*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 11 */ _CFFI_OP(_CFFI_OP_NOOP, 4),
-/* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 14 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 15 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 16 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
-/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 18), // lmkv_part const *
-/* 18 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_part
-/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 20), // lmkv_place const *
-/* 20 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_place
-/* 21 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_plan
-/* 22 */ _CFFI_OP(_CFFI_OP_POINTER, 23), // lmkv_row const *
-/* 23 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_row
-/* 24 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(char *, size_t)
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 89), // char *
+/*  2 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(int, char *, size_t, char *, size_t)
+/*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/*  6 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/*  7 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/*  8 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 11 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, char const *, char *, size_t)
+/* 12 */ _CFFI_OP(_CFFI_OP_POINTER, 91), // lmkv_gpu *
+/* 13 */ _CFFI_OP(_CFFI_OP_POINTER, 89), // char const *
+/* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 15 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, lmkv_gpu_options const *, char *, size_t)
+/* 18 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
+/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 93), // lmkv_gpu_options const *
+/* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 21 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, uint64_t, char *, size_t)
+/* 24 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
+/* 25 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/* 26 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, uint64_t, size_t)
+/* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
+/* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 32 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, uint64_t, size_t, char *, size_t)
+/* 35 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
+/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 38 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 39 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu_copy *, char *, size_t)
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 92), // lmkv_gpu_copy *
+/* 43 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 44 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu_copy *, int64_t, uint64_t, char *, size_t)
+/* 47 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 48 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23), // int64_t
+/* 49 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 50 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 51 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(void)
+/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // int64_t()(lmkv_plan const *, char *, size_t)
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // lmkv_plan const *
+/* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // int64_t()(lmkv_plan const *, int, int, char *, size_t)
+/* 61 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 62 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 63 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 12), // lmkv_gpu *()(int, void const *, char *, size_t)
+/* 68 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // void const *
+/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 71 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // lmkv_gpu_copy *()(lmkv_gpu *, lmkv_plan const *, int, int64_t const *, int64_t, uint64_t, char *, size_t)
+/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
+/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 76 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 48), // int64_t const *
+/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
+/* 79 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 81 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 101), // unsigned char const *()(size_t *)
+/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 2), // size_t *
+/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 103), // void()(lmkv_gpu_copy *)
+/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 91 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // lmkv_gpu
+/* 92 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // lmkv_gpu_copy
+/* 93 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_gpu_options
+/* 94 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // lmkv_part const *
+/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_part
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 97), // lmkv_place const *
+/* 97 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_place
+/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_plan
+/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 100), // lmkv_row const *
+/* 100 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // lmkv_row
+/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // unsigned char const *
+/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 4), // unsigned char
+/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_typedef_lmkv_gpu_options(lmkv_gpu_options *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->entry_bytes) | 0);  /* check that 'lmkv_gpu_options.entry_bytes' is an integer */
+  (void)((p->entries) | 0);  /* check that 'lmkv_gpu_options.entries' is an integer */
+  (void)((p->thread_blocks) | 0);  /* check that 'lmkv_gpu_options.thread_blocks' is an integer */
+  (void)((p->direct_bytes) | 0);  /* check that 'lmkv_gpu_options.direct_bytes' is an integer */
+}
+struct _cffi_align_typedef_lmkv_gpu_options { char x; lmkv_gpu_options y; };
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_typedef_lmkv_part(lmkv_part *p)
@@ -693,19 +784,19 @@ _cffi_f_lmkv_check(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(3), arg0, (char **)&x0);
+      _cffi_type(56), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (lmkv_plan const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(3), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(56), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(4), arg1, (char **)&x1);
+      _cffi_type(1), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(4), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -727,6 +818,882 @@ _cffi_f_lmkv_check(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_lmkv_check _cffi_d_lmkv_check
+#endif
+
+static int _cffi_d_lmkv_gpu_architecture(int x0, char * x1, size_t x2, char * x3, size_t x4)
+{
+  return lmkv_gpu_architecture(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_architecture(PyObject *self, PyObject *args)
+{
+  int x0;
+  char * x1;
+  size_t x2;
+  char * x3;
+  size_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_architecture", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, int);
+  if (x0 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, size_t);
+  if (x4 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_architecture(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_architecture _cffi_d_lmkv_gpu_architecture
+#endif
+
+static int _cffi_d_lmkv_gpu_count(char * x0, size_t x1)
+{
+  return lmkv_gpu_count(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_count(PyObject *self, PyObject *args)
+{
+  char * x0;
+  size_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_count", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, size_t);
+  if (x1 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_count(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_count _cffi_d_lmkv_gpu_count
+#endif
+
+static int _cffi_d_lmkv_gpu_done(lmkv_gpu_copy * x0, char * x1, size_t x2)
+{
+  return lmkv_gpu_done(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_done(PyObject *self, PyObject *args)
+{
+  lmkv_gpu_copy * x0;
+  char * x1;
+  size_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_done", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(42), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu_copy *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_done(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_done _cffi_d_lmkv_gpu_done
+#endif
+
+static int _cffi_d_lmkv_gpu_fact(lmkv_gpu * x0, char const * x1, char * x2, size_t x3)
+{
+  return lmkv_gpu_fact(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_fact(PyObject *self, PyObject *args)
+{
+  lmkv_gpu * x0;
+  char const * x1;
+  char * x2;
+  size_t x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_fact", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(12), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(12), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(13), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(13), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_fact(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_fact _cffi_d_lmkv_gpu_fact
+#endif
+
+static void _cffi_d_lmkv_gpu_forget(lmkv_gpu_copy * x0)
+{
+  lmkv_gpu_forget(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_forget(PyObject *self, PyObject *arg0)
+{
+  lmkv_gpu_copy * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(42), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu_copy *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { lmkv_gpu_forget(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_lmkv_gpu_forget _cffi_d_lmkv_gpu_forget
+#endif
+
+static unsigned char const * _cffi_d_lmkv_gpu_image(size_t * x0)
+{
+  return lmkv_gpu_image(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_image(PyObject *self, PyObject *arg0)
+{
+  size_t * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  unsigned char const * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(84), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(84), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_image(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(101));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_image _cffi_d_lmkv_gpu_image
+#endif
+
+static lmkv_gpu * _cffi_d_lmkv_gpu_open(int x0, void const * x1, char * x2, size_t x3)
+{
+  return lmkv_gpu_open(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_open(PyObject *self, PyObject *args)
+{
+  int x0;
+  void const * x1;
+  char * x2;
+  size_t x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  lmkv_gpu * result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_open", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, int);
+  if (x0 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(69), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_open(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(12));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_open _cffi_d_lmkv_gpu_open
+#endif
+
+static int _cffi_d_lmkv_gpu_order(lmkv_gpu_copy * x0, int64_t x1, uint64_t x2, char * x3, size_t x4)
+{
+  return lmkv_gpu_order(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_order(PyObject *self, PyObject *args)
+{
+  lmkv_gpu_copy * x0;
+  int64_t x1;
+  uint64_t x2;
+  char * x3;
+  size_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_order", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(42), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu_copy *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int64_t);
+  if (x1 == (int64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, uint64_t);
+  if (x2 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, size_t);
+  if (x4 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_order(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_order _cffi_d_lmkv_gpu_order
+#endif
+
+static int _cffi_d_lmkv_gpu_pin(lmkv_gpu * x0, uint64_t x1, size_t x2, char * x3, size_t x4)
+{
+  return lmkv_gpu_pin(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_pin(PyObject *self, PyObject *args)
+{
+  lmkv_gpu * x0;
+  uint64_t x1;
+  size_t x2;
+  char * x3;
+  size_t x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_pin", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(12), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(12), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, size_t);
+  if (x4 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_pin(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_pin _cffi_d_lmkv_gpu_pin
+#endif
+
+static int _cffi_d_lmkv_gpu_pinned(lmkv_gpu * x0, uint64_t x1, size_t x2)
+{
+  return lmkv_gpu_pinned(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_pinned(PyObject *self, PyObject *args)
+{
+  lmkv_gpu * x0;
+  uint64_t x1;
+  size_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_pinned", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(12), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(12), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_pinned(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_pinned _cffi_d_lmkv_gpu_pinned
+#endif
+
+static lmkv_gpu_copy * _cffi_d_lmkv_gpu_start(lmkv_gpu * x0, lmkv_plan const * x1, int x2, int64_t const * x3, int64_t x4, uint64_t x5, char * x6, size_t x7)
+{
+  return lmkv_gpu_start(x0, x1, x2, x3, x4, x5, x6, x7);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_start(PyObject *self, PyObject *args)
+{
+  lmkv_gpu * x0;
+  lmkv_plan const * x1;
+  int x2;
+  int64_t const * x3;
+  int64_t x4;
+  uint64_t x5;
+  char * x6;
+  size_t x7;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  lmkv_gpu_copy * result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+  PyObject *arg5;
+  PyObject *arg6;
+  PyObject *arg7;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_start", 8, 8, &arg0, &arg1, &arg2, &arg3, &arg4, &arg5, &arg6, &arg7))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(12), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(12), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (lmkv_plan const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, int);
+  if (x2 == (int)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(77), arg3, (char **)&x3);
+  if (datasize != 0) {
+    x3 = ((size_t)datasize) <= 640 ? (int64_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(77), arg3, (char **)&x3,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x4 = _cffi_to_c_int(arg4, int64_t);
+  if (x4 == (int64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x5 = _cffi_to_c_int(arg5, uint64_t);
+  if (x5 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg6, (char **)&x6);
+  if (datasize != 0) {
+    x6 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg6, (char **)&x6,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x7 = _cffi_to_c_int(arg7, size_t);
+  if (x7 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_start(x0, x1, x2, x3, x4, x5, x6, x7); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(42));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_start _cffi_d_lmkv_gpu_start
+#endif
+
+static int _cffi_d_lmkv_gpu_tune(lmkv_gpu * x0, lmkv_gpu_options const * x1, char * x2, size_t x3)
+{
+  return lmkv_gpu_tune(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_tune(PyObject *self, PyObject *args)
+{
+  lmkv_gpu * x0;
+  lmkv_gpu_options const * x1;
+  char * x2;
+  size_t x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_tune", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(12), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(12), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(19), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (lmkv_gpu_options const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(19), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_tune(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_tune _cffi_d_lmkv_gpu_tune
+#endif
+
+static int _cffi_d_lmkv_gpu_unpin(lmkv_gpu * x0, uint64_t x1, char * x2, size_t x3)
+{
+  return lmkv_gpu_unpin(x0, x1, x2, x3);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_unpin(PyObject *self, PyObject *args)
+{
+  lmkv_gpu * x0;
+  uint64_t x1;
+  char * x2;
+  size_t x3;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_unpin", 4, 4, &arg0, &arg1, &arg2, &arg3))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(12), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(12), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x3 = _cffi_to_c_int(arg3, size_t);
+  if (x3 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_unpin(x0, x1, x2, x3); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_unpin _cffi_d_lmkv_gpu_unpin
+#endif
+
+static int _cffi_d_lmkv_gpu_wait(lmkv_gpu_copy * x0, char * x1, size_t x2)
+{
+  return lmkv_gpu_wait(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_gpu_wait(PyObject *self, PyObject *args)
+{
+  lmkv_gpu_copy * x0;
+  char * x1;
+  size_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_gpu_wait", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(42), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (lmkv_gpu_copy *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(1), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(1), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, size_t);
+  if (x2 == (size_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_gpu_wait(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_gpu_wait _cffi_d_lmkv_gpu_wait
 #endif
 
 static int64_t _cffi_d_lmkv_host_copy(lmkv_plan const * x0, int x1, int x2, char * x3, size_t x4)
@@ -756,10 +1723,10 @@ _cffi_f_lmkv_host_copy(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(3), arg0, (char **)&x0);
+      _cffi_type(56), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (lmkv_plan const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(3), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(56), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -773,10 +1740,10 @@ _cffi_f_lmkv_host_copy(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(4), arg3, (char **)&x3);
+      _cffi_type(1), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(4), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(1), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -827,102 +1794,137 @@ _cffi_f_lmkv_version(PyObject *self, PyObject *noarg)
 #endif
 
 static const struct _cffi_global_s _cffi_globals[] = {
-  { "lmkv_check", (void *)_cffi_f_lmkv_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 2), (void *)_cffi_d_lmkv_check },
-  { "lmkv_host_copy", (void *)_cffi_f_lmkv_host_copy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 7), (void *)_cffi_d_lmkv_host_copy },
-  { "lmkv_version", (void *)_cffi_f_lmkv_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 0), (void *)_cffi_d_lmkv_version },
+  { "lmkv_check", (void *)_cffi_f_lmkv_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 55), (void *)_cffi_d_lmkv_check },
+  { "lmkv_gpu_architecture", (void *)_cffi_f_lmkv_gpu_architecture, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 4), (void *)_cffi_d_lmkv_gpu_architecture },
+  { "lmkv_gpu_count", (void *)_cffi_f_lmkv_gpu_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_lmkv_gpu_count },
+  { "lmkv_gpu_done", (void *)_cffi_f_lmkv_gpu_done, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_lmkv_gpu_done },
+  { "lmkv_gpu_fact", (void *)_cffi_f_lmkv_gpu_fact, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 11), (void *)_cffi_d_lmkv_gpu_fact },
+  { "lmkv_gpu_forget", (void *)_cffi_f_lmkv_gpu_forget, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_lmkv_gpu_forget },
+  { "lmkv_gpu_image", (void *)_cffi_f_lmkv_gpu_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 83), (void *)_cffi_d_lmkv_gpu_image },
+  { "lmkv_gpu_open", (void *)_cffi_f_lmkv_gpu_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_lmkv_gpu_open },
+  { "lmkv_gpu_order", (void *)_cffi_f_lmkv_gpu_order, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 46), (void *)_cffi_d_lmkv_gpu_order },
+  { "lmkv_gpu_pin", (void *)_cffi_f_lmkv_gpu_pin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 34), (void *)_cffi_d_lmkv_gpu_pin },
+  { "lmkv_gpu_pinned", (void *)_cffi_f_lmkv_gpu_pinned, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_lmkv_gpu_pinned },
+  { "lmkv_gpu_start", (void *)_cffi_f_lmkv_gpu_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_lmkv_gpu_start },
+  { "lmkv_gpu_tune", (void *)_cffi_f_lmkv_gpu_tune, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 17), (void *)_cffi_d_lmkv_gpu_tune },
+  { "lmkv_gpu_unpin", (void *)_cffi_f_lmkv_gpu_unpin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 23), (void *)_cffi_d_lmkv_gpu_unpin },
+  { "lmkv_gpu_wait", (void *)_cffi_f_lmkv_gpu_wait, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_lmkv_gpu_wait },
+  { "lmkv_host_copy", (void *)_cffi_f_lmkv_host_copy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 60), (void *)_cffi_d_lmkv_host_copy },
+  { "lmkv_version", (void *)_cffi_f_lmkv_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 53), (void *)_cffi_d_lmkv_version },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
+  { "entry_bytes", offsetof(lmkv_gpu_options, entry_bytes),
+                   sizeof(((lmkv_gpu_options *)0)->entry_bytes),
+                   _CFFI_OP(_CFFI_OP_NOOP, 48) },
+  { "entries", offsetof(lmkv_gpu_options, entries),
+               sizeof(((lmkv_gpu_options *)0)->entries),
+               _CFFI_OP(_CFFI_OP_NOOP, 48) },
+  { "thread_blocks", offsetof(lmkv_gpu_options, thread_blocks),
+                     sizeof(((lmkv_gpu_options *)0)->thread_blocks),
+                     _CFFI_OP(_CFFI_OP_NOOP, 48) },
+  { "direct_bytes", offsetof(lmkv_gpu_options, direct_bytes),
+                    sizeof(((lmkv_gpu_options *)0)->direct_bytes),
+                    _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "payload", offsetof(lmkv_part, payload),
                sizeof(((lmkv_part *)0)->payload),
-               _CFFI_OP(_CFFI_OP_NOOP, 24) },
+               _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "held", offsetof(lmkv_part, held),
             sizeof(((lmkv_part *)0)->held),
-            _CFFI_OP(_CFFI_OP_NOOP, 16) },
+            _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "first", offsetof(lmkv_part, first),
              sizeof(((lmkv_part *)0)->first),
-             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+             _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "tokens", offsetof(lmkv_part, tokens),
               sizeof(((lmkv_part *)0)->tokens),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "at", offsetof(lmkv_part, at),
           sizeof(((lmkv_part *)0)->at),
-          _CFFI_OP(_CFFI_OP_NOOP, 16) },
+          _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "block", offsetof(lmkv_place, block),
              sizeof(((lmkv_place *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 15) },
+             _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "index", offsetof(lmkv_place, index),
              sizeof(((lmkv_place *)0)->index),
-             _CFFI_OP(_CFFI_OP_NOOP, 15) },
+             _CFFI_OP(_CFFI_OP_NOOP, 90) },
   { "rows", offsetof(lmkv_plan, rows),
             sizeof(((lmkv_plan *)0)->rows),
-            _CFFI_OP(_CFFI_OP_NOOP, 22) },
+            _CFFI_OP(_CFFI_OP_NOOP, 99) },
   { "n_rows", offsetof(lmkv_plan, n_rows),
               sizeof(((lmkv_plan *)0)->n_rows),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "parts", offsetof(lmkv_plan, parts),
              sizeof(((lmkv_plan *)0)->parts),
-             _CFFI_OP(_CFFI_OP_NOOP, 17) },
+             _CFFI_OP(_CFFI_OP_NOOP, 94) },
   { "n_parts", offsetof(lmkv_plan, n_parts),
                sizeof(((lmkv_plan *)0)->n_parts),
-               _CFFI_OP(_CFFI_OP_NOOP, 16) },
+               _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "places", offsetof(lmkv_plan, places),
               sizeof(((lmkv_plan *)0)->places),
-              _CFFI_OP(_CFFI_OP_NOOP, 19) },
+              _CFFI_OP(_CFFI_OP_NOOP, 96) },
   { "n_places", offsetof(lmkv_plan, n_places),
                 sizeof(((lmkv_plan *)0)->n_places),
-                _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "tables", offsetof(lmkv_plan, tables),
               sizeof(((lmkv_plan *)0)->tables),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "base", offsetof(lmkv_row, base),
             sizeof(((lmkv_row *)0)->base),
-            _CFFI_OP(_CFFI_OP_NOOP, 24) },
+            _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "block_stride", offsetof(lmkv_row, block_stride),
                     sizeof(((lmkv_row *)0)->block_stride),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "token_stride", offsetof(lmkv_row, token_stride),
                     sizeof(((lmkv_row *)0)->token_stride),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "head_stride", offsetof(lmkv_row, head_stride),
                    sizeof(((lmkv_row *)0)->head_stride),
-                   _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "blocks", offsetof(lmkv_row, blocks),
               sizeof(((lmkv_row *)0)->blocks),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "block_tokens", offsetof(lmkv_row, block_tokens),
                     sizeof(((lmkv_row *)0)->block_tokens),
-                    _CFFI_OP(_CFFI_OP_NOOP, 16) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "heads", offsetof(lmkv_row, heads),
              sizeof(((lmkv_row *)0)->heads),
-             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+             _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "run", offsetof(lmkv_row, run),
            sizeof(((lmkv_row *)0)->run),
-           _CFFI_OP(_CFFI_OP_NOOP, 16) },
+           _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "offset", offsetof(lmkv_row, offset),
               sizeof(((lmkv_row *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 16) },
+              _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "table", offsetof(lmkv_row, table),
              sizeof(((lmkv_row *)0)->table),
-             _CFFI_OP(_CFFI_OP_NOOP, 16) },
+             _CFFI_OP(_CFFI_OP_NOOP, 48) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$lmkv_part", 18, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 0, 5 },
-  { "$lmkv_place", 20, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 5, 2 },
-  { "$lmkv_plan", 21, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 7, 7 },
-  { "$lmkv_row", 23, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 14, 10 },
+  { "$lmkv_gpu_options", 93, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_gpu_options), offsetof(struct _cffi_align_typedef_lmkv_gpu_options, y), 0, 4 },
+  { "$lmkv_part", 95, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 4, 5 },
+  { "$lmkv_place", 97, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 9, 2 },
+  { "$lmkv_plan", 98, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 11, 7 },
+  { "$lmkv_row", 100, _CFFI_F_CHECK_FIELDS,
+    sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 18, 10 },
+  { "lmkv_gpu", 91, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "lmkv_gpu_copy", 92, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "lmkv_part", 18 },
-  { "lmkv_place", 20 },
-  { "lmkv_plan", 21 },
-  { "lmkv_row", 23 },
+  { "lmkv_gpu", 91 },
+  { "lmkv_gpu_copy", 92 },
+  { "lmkv_gpu_options", 93 },
+  { "lmkv_part", 95 },
+  { "lmkv_place", 97 },
+  { "lmkv_plan", 98 },
+  { "lmkv_row", 100 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -932,12 +1934,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   NULL,  /* no enums */
   _cffi_typenames,
-  3,  /* num_globals */
-  4,  /* num_struct_unions */
+  17,  /* num_globals */
+  7,  /* num_struct_unions */
   0,  /* num_enums */
-  4,  /* num_typenames */
+  7,  /* num_typenames */
   NULL,  /* no includes */
-  25,  /* num_types */
+  104,  /* num_types */
   0,  /* flags */
 };
 

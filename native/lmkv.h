@@ -54,3 +54,64 @@ int64_t lmkv_host_copy(const lmkv_plan *plan, int into_payloads, int threads, ch
 
 /* Version of this interface. */
 int lmkv_version(void);
+
+/* -- GPUs. Kernels come from an image (fatbin, cubin or PTX of native/kernels.cu); the driver's library is loaded on first use. -- */
+
+/* A GPU with what copies need there: streams, events, a ring of staging memory a direction. Safe to use from several threads. */
+typedef struct lmkv_gpu lmkv_gpu;
+
+/* A copy that was submitted. */
+typedef struct lmkv_gpu_copy lmkv_gpu_copy;
+
+typedef struct {
+    int64_t entry_bytes;  /* of one entry of a staging ring; rows of a chunk that are larger make it grow */
+    int64_t entries;      /* of a staging ring, 2 to 16 */
+    int64_t thread_blocks; /* of a kernel: few, so that they do not disturb what else runs */
+    int64_t direct_bytes; /* copies of at most so many bytes are one kernel on pinned host memory, without staging */
+} lmkv_gpu_options;
+
+/* How many GPUs there are; -1 without a usable driver. */
+int lmkv_gpu_count(char *why, size_t room);
+
+/* Compute capability of a device, such as "90". 0 or -1. */
+int lmkv_gpu_architecture(int device, char *text, size_t text_room, char *why, size_t room);
+
+/* The image that was built in; null if there was no nvcc. */
+const unsigned char *lmkv_gpu_image(size_t *size);
+
+/* Open a device in the calling thread's current context if that is the device's, else in its primary context. Null on failure. */
+lmkv_gpu *lmkv_gpu_open(int device, const void *image, char *why, size_t room);
+
+/* Text of one fact: "name" or "pci" (its address on the bus). Returns 0, or -1 for another fact. */
+int lmkv_gpu_fact(lmkv_gpu *gpu, const char *fact, char *text, size_t room);
+
+/* Change how copies are made from now on. -1 if a value is out of range. */
+int lmkv_gpu_tune(lmkv_gpu *gpu, const lmkv_gpu_options *options, char *why, size_t room);
+
+/* Pin mapped host memory, so that the device reaches it directly. A payload must lie within one pinned range to profit. */
+int lmkv_gpu_pin(lmkv_gpu *gpu, uint64_t address, size_t bytes, char *why, size_t room);
+
+/* Undo one call of lmkv_gpu_pin. No copy may be under way there. */
+int lmkv_gpu_unpin(lmkv_gpu *gpu, uint64_t address, char *why, size_t room);
+
+/* 1 if that memory lies within one pinned range, else 0. */
+int lmkv_gpu_pinned(lmkv_gpu *gpu, uint64_t address, size_t bytes);
+
+/* Submit a copy between payloads in host memory and rows in the device's. It touches rows only after what is in `stream` now.
+ * Rows must follow each other in the payload. `ends` are the last rows + 1 of groups of rows, ascending, the last one n_rows: a
+ * scatter brings the groups one after the other. Payloads and rows must stay until the copy is done. Null on failure: then
+ * nothing is under way. */
+lmkv_gpu_copy *lmkv_gpu_start(lmkv_gpu *gpu, const lmkv_plan *plan, int into_payloads, const int64_t *ends, int64_t groups,
+                              uint64_t stream, char *why, size_t room);
+
+/* 1 if every byte has arrived, 0 if not yet, -1 if the device failed. */
+int lmkv_gpu_done(lmkv_gpu_copy *copy, char *why, size_t room);
+
+/* Block until done; 0, or -1 if the device failed. */
+int lmkv_gpu_wait(lmkv_gpu_copy *copy, char *why, size_t room);
+
+/* Have a stream wait, on the device, until a row was scattered, or until all rows were read by a gather. 0 or -1. */
+int lmkv_gpu_order(lmkv_gpu_copy *copy, int64_t row, uint64_t stream, char *why, size_t room);
+
+/* Wait until a copy is done and give back what it used; the pointer is dead afterwards. Null is allowed. */
+void lmkv_gpu_forget(lmkv_gpu_copy *copy);

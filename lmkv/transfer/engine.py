@@ -12,8 +12,9 @@ import numpy.typing as npt
 from ..errors import ArgumentError, LayoutMismatchError
 from ..layout import KVLayout
 from .access import KVAccess, Places, paged_places
+from .gpu import Gpu
 from .host import copy_compiled, copy_numpy, needs_numpy
-from .plan import Part
+from .plan import Part, Plan
 from .rows import Bits, Layers, Row, device_of, layer_shapes, row_table
 
 __all__ = ["Copy", "CopyEngine", "gather", "scatter"]
@@ -92,7 +93,8 @@ class CopyEngine:
             raise ArgumentError(f"expected a block table for each of {len(layers)} layers, numbered from 0; got {given}")
         self._tables = [table for table, kv in zip(given, kinds, strict=True) for _ in range(kv)]
         self._first_row = sum(kv for kv, *_ in shapes[:first_layer])
-        self._layer_rows = np.cumsum([0, *kinds])
+        self._layer_rows = np.cumsum(kinds, dtype=np.int64)
+        self._gpu = None if self.device is None else Gpu.of(self.device)
         self._table = row_table(self._rows, layout, first_row=self._first_row, tables=self._tables)
         self._block_tokens = self._sizes()
 
@@ -142,6 +144,10 @@ class CopyEngine:
     ) -> Copy:
         places = self._places(parts, blocks)
         size = int(sum(part.stop - part.start for part in parts) * (self._table[:, 6] * self._table[:, 7]).sum())
+        if self._gpu is not None:
+            plan = Plan(self._table, parts, places)
+            ends = self._layer_rows[_group_ends(len(self._layer_rows)) - 1] if layerwise else self._layer_rows[-1:]
+            return self._gpu.start(plan, ends, self._layer_rows.tolist(), size, into_payloads=into_payloads, stream=stream)
         _copy_host(
             typing.cast(Sequence[Bits], self._rows),
             self._table,
@@ -168,6 +174,14 @@ class CopyEngine:
             spans = [paged_places(ids, size, part.start, part.stop) for part in parts]
             found.append(np.concatenate(spans) if spans else np.empty((0, 2), np.int32))
         return found
+
+
+def _group_ends(layers: int) -> npt.NDArray[np.int64]:
+    """How layers are brought one group after the other: few first, so that a forward pass can begin, then more at a time."""
+    ends = [1, 2, 4]
+    while ends[-1] < layers:
+        ends.append(ends[-1] + max(4, layers // 8))
+    return np.unique(np.minimum(ends, layers))
 
 
 def _copy_host(
@@ -207,6 +221,12 @@ def _move(access: KVAccess, parts: Sequence[Part], layout: KVLayout, *, into_pay
     rows: Sequence[Row] = access.rows
     spans = [access.places(part.start, part.stop) for part in parts]
     places = [np.concatenate(spans)] if spans else [np.empty((0, 2), np.int32)]
+    device = device_of(rows)
+    if device is not None:
+        plan = Plan(row_table(rows, layout), parts, places)
+        everything = np.array([len(rows)])
+        Gpu.of(device).start(plan, everything, everything.tolist(), 0, into_payloads=into_payloads, stream=None).wait()
+        return
     host = typing.cast(Sequence[Bits], rows)
     table = row_table(rows, layout)
     _copy_host(host, table, [0] * len(rows), layout, 0, parts, places, into_payloads=into_payloads)

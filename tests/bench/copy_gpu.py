@@ -1,0 +1,284 @@
+"""The rows of ``copy.py`` that need a GPU: what the wire gives, and what copies of KV reach of it. Real bytes, checked."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmkv.layout import KVLayout
+from lmkv.pool import HostPool
+from lmkv.transfer import CopyEngine, Part
+from lmkv.transfer.gpu import Gpu, GpuOptions
+
+Row = dict[str, object]
+LAYOUT = KVLayout.dense(layers=36, heads=8, head_size=128, dtype="bfloat16")  # Qwen3-8B: 147,456 bytes a token
+CHUNKS = 40
+TOKENS = CHUNKS * LAYOUT.chunk_tokens
+OFFSET = 8192  # of the payload in a slot
+
+
+def row(name: str, value: float, unit: str, reference: float) -> Row:
+    return {
+        "name": name,
+        "value": round(value, 3),
+        "unit": unit,
+        "reference": round(reference, 3),
+        "ratio": round(value / reference, 4),
+    }
+
+
+def seconds(call: Callable[[], Any], runs: int = 9) -> float:
+    """Median time of ``call``, which ends when its work has ended."""
+    call()
+    times = []
+    for _ in range(runs):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+class Slots:
+    """A pinned pool with one text's chunks in it."""
+
+    def __init__(self, gpu: Gpu, chunks: int = CHUNKS, extent: int = 1 << 30) -> None:
+        slot = OFFSET + LAYOUT.chunk_bytes
+        self.pool = HostPool(slot, chunks, extent_bytes=extent)
+        slots = self.pool.allocate(chunks) or []
+        for view in self.pool._views:
+            data = np.frombuffer(view, np.uint8)
+            data[::4096] = 1
+            gpu.pin(data.__array_interface__["data"][0], len(data))
+        width = LAYOUT.chunk_tokens
+        self.parts = [
+            Part(
+                self.pool.view(s)[OFFSET : OFFSET + LAYOUT.chunk_bytes], i * width, (i + 1) * width, i * width, (i + 1) * width
+            )
+            for i, s in enumerate(slots)
+        ]
+
+    def shuffled(self) -> list[Part]:
+        """The same payloads for other chunks, so that neighbours in the text are none in memory."""
+        order = np.random.default_rng(7).permutation(len(self.parts))
+        return [replace(part, payload=self.parts[i].payload) for part, i in zip(self.parts, order, strict=True)]
+
+    def fill(self) -> None:
+        rng = np.random.default_rng(3)
+        for part in self.parts:
+            np.frombuffer(part.payload, np.uint8)[:] = rng.integers(0, 256, len(part.payload), dtype=np.uint8)
+
+    def wipe(self) -> None:
+        for part in self.parts:
+            np.frombuffer(part.payload, np.uint8)[:] = 0xEE
+
+
+def engine_memory(block_tokens: int, order: str) -> tuple[list[Any], np.ndarray]:
+    """Paged KV of random bits as vLLM 0.25 has it, [blocks, 2, …] a layer, and a shuffled block table."""
+    blocks = TOKENS // block_tokens + 7
+    inner = (block_tokens, 8, 128) if order == "NHD" else (8, block_tokens, 128)
+    layers = []
+    for _ in range(LAYOUT.groups[0].layers):
+        bits = torch.randint(-32768, 32767, (blocks, 2, *inner), dtype=torch.int16, device="cuda")
+        both = bits.view(torch.bfloat16)
+        layers.append((both[:, 0], both[:, 1]))
+    table = np.random.default_rng(block_tokens).permutation(blocks)[: TOKENS // block_tokens].astype(np.int32)
+    return layers, table
+
+
+def wire(size: int = 1 << 30) -> dict[str, float]:
+    """Seconds of plain pinned copies of ``size`` bytes: up, down, and one of each at once."""
+    up, down = (torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    up.random_()
+    there, here = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def copy(way: Sequence[str]) -> None:
+        if "up" in way:
+            with torch.cuda.stream(streams[0]):
+                there.copy_(up, non_blocking=True)
+        if "down" in way:
+            with torch.cuda.stream(streams[1]):
+                down.copy_(here, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return {
+        name: seconds(lambda way=way: copy(way)) for name, way in (("up", ["up"]), ("down", ["down"]), ("both", ["up", "down"]))
+    }
+
+
+def copies(gpu: Gpu, slots: Slots, plain: dict[str, float]) -> Iterator[Row]:
+    """Gather and scatter at several runs of contiguous engine memory, each beside the plain copy of 1 GiB."""
+    total = TOKENS * LAYOUT.token_bytes
+    rates = {name: (1 << 30) / plain[name] / 1e9 for name in ("up", "down")}
+    for block_tokens, order, name in ((16, "NHD", "32k"), (16, "HND", "4k"), (4, "HND", "1k"), (1, "NHD", "2k_block1")):
+        layers, table = engine_memory(block_tokens, order)
+        engine = CopyEngine(layers, LAYOUT, order=order)
+        slots.wipe()
+        engine.gather(slots.parts, [table]).wait()
+        originals = [part.clone() for pair in layers for part in pair]
+        for pair in layers:
+            for part in pair:
+                part.zero_()
+        engine.scatter(slots.parts, [table]).wait()
+        used = torch.from_numpy(table).long().cuda()
+        again = [part for pair in layers for part in pair]
+        right = all(
+            torch.equal(x[used].view(torch.int16), y[used].view(torch.int16)) for x, y in zip(again, originals, strict=True)
+        )
+        assert right, f"{name}: what came back is not what was there"
+        del originals, again
+        yield row(
+            f"scatter_{name}",
+            total / seconds(lambda e=engine, t=table: e.scatter(slots.parts, [t]).wait()) / 1e9,
+            "GB/s",
+            rates["up"],
+        )
+        yield row(
+            f"gather_{name}",
+            total / seconds(lambda e=engine, t=table: e.gather(slots.parts, [t]).wait()) / 1e9,
+            "GB/s",
+            rates["down"],
+        )
+        if name == "32k":
+            yield from both_ways(engine, table, slots, plain)
+            yield from submission(engine, table, slots)
+            yield from beside_compute(engine, table, slots)
+            yield from tuning(gpu, engine, table, slots, rates)
+        del engine, layers
+        torch.cuda.empty_cache()
+
+
+def both_ways(engine: CopyEngine, table: np.ndarray, slots: Slots, plain: dict[str, float]) -> Iterator[Row]:
+    """A gather and a scatter at once, beside two plain copies at once."""
+    half = CHUNKS // 2
+
+    def run() -> None:
+        up = engine.scatter(slots.parts[:half], [table])
+        down = engine.gather(slots.parts[half:], [table])
+        up.wait()
+        down.wait()
+
+    total = TOKENS * LAYOUT.token_bytes
+    yield row("both_ways", total / seconds(run) / 1e9, "GB/s", (2 << 30) / plain["both"] / 1e9)
+
+
+def submission(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Iterator[Row]:
+    """What a load of 10,240 tokens costs the caller, and when its first layer is there."""
+    for name, layerwise, parts in (
+        ("submit", False, slots.parts),
+        ("submit_layerwise", True, slots.parts),
+        ("submit_layerwise_scattered", True, slots.shuffled()),
+    ):
+        times, firsts, wholes = [], [], []
+        stream = torch.cuda.Stream()
+        for _ in range(9):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            copy = engine.scatter(parts, [table], layerwise=layerwise)
+            times.append(time.perf_counter() - begun)
+            with torch.cuda.stream(stream):
+                copy.wait_layer(0)
+            stream.synchronize()
+            firsts.append(time.perf_counter() - begun)
+            copy.wait()
+            wholes.append(time.perf_counter() - begun)
+        yield row(name, statistics.median(times) * 1e3, "ms", 1.0)
+        yield row(f"{name}_first_layer", statistics.median(firsts) * 1e3, "ms", 1.5)
+        yield row(f"{name}_whole", TOKENS * LAYOUT.token_bytes / statistics.median(wholes) / 1e9, "GB/s", 55.0)
+
+
+def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots, products: int = 60) -> Iterator[Row]:
+    """How much slower 8192 x 8192 x 8192 bf16 products are while a load, or a store, runs beside them."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(beside: Callable[[], Any] | None) -> float:
+        torch.cuda.synchronize()
+        copies = [beside() for _ in range(6)] if beside else []
+        begin.record()
+        for _ in range(products):
+            torch.matmul(a, b, out=out)
+        end.record()
+        end.synchronize()
+        for copy in copies:
+            assert not copies[-1].done() or copy is not copies[-1], "the copies ended before the products"
+            copy.wait()
+        return float(begin.elapsed_time(end))
+
+    run(None)
+    for name, beside in (
+        ("scatter", lambda: engine.scatter(slots.parts, [table], stream=0)),
+        ("gather", lambda: engine.gather(slots.parts, [table], stream=0)),
+    ):
+        ratios = [run(beside) / run(None) for _ in range(5)]
+        yield row(f"matmul_beside_{name}", statistics.median(ratios), "times", 1.0)
+
+
+def tuning(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, rates: dict[str, float]) -> Iterator[Row]:
+    """The same copy with other rings and kernels."""
+    total = TOKENS * LAYOUT.token_bytes
+    chosen = gpu.options
+    for entry, entries, blocks in ((8, 4, 16), (20, 4, 8), (20, 4, 32), (20, 3, 16), (20, 8, 16), (40, 3, 16), (40, 4, 32)):
+        gpu.tune(GpuOptions(entry << 20, entries, blocks))
+        name = f"{entry}MiB_x{entries}_{blocks}"
+        yield row(
+            f"scatter_{name}",
+            total / seconds(lambda: engine.scatter(slots.parts, [table]).wait(), 5) / 1e9,
+            "GB/s",
+            rates["up"],
+        )
+        yield row(
+            f"gather_{name}",
+            total / seconds(lambda: engine.gather(slots.parts, [table]).wait(), 5) / 1e9,
+            "GB/s",
+            rates["down"],
+        )
+    gpu.tune(replace(chosen, direct_bytes=1 << 40))
+    yield row(
+        "scatter_by_kernel_alone",
+        total / seconds(lambda: engine.scatter(slots.parts, [table]).wait(), 5) / 1e9,
+        "GB/s",
+        rates["up"],
+    )
+    yield row(
+        "gather_by_kernel_alone",
+        total / seconds(lambda: engine.gather(slots.parts, [table]).wait(), 5) / 1e9,
+        "GB/s",
+        rates["down"],
+    )
+    gpu.tune(chosen)
+    for tokens in (16, 64, 256):
+        parts = [replace(slots.parts[0], stop=tokens)]
+        for path, direct in (("direct", 1 << 40), ("staged", 0)):
+            gpu.tune(replace(chosen, direct_bytes=direct))
+            if path == "staged" and 4 * tokens <= 256:
+                continue
+            spent = seconds(lambda parts=parts: engine.scatter(parts, [table]).wait(), 25)
+            yield row(f"scatter_{tokens}_tokens_{path}", spent * 1e6, "us", tokens * LAYOUT.token_bytes / rates["up"] / 1e3)
+    gpu.tune(chosen)
+
+
+def rows() -> Iterator[Row]:
+    """All rows; the plain copies of 1 GiB come first and are what the ratios refer to."""
+    gpu = Gpu.of(torch.cuda.current_device())
+    plain = wire()
+    for name in ("up", "down"):
+        yield row(f"plain_{name}", (1 << 30) / plain[name] / 1e9, "GB/s", (1 << 30) / plain[name] / 1e9)
+    slots = Slots(gpu)
+    slots.fill()
+    yield from copies(gpu, slots, plain)
+
+
+if __name__ == "__main__":
+    import json
+
+    for result in rows():
+        print(json.dumps(result), flush=True)
