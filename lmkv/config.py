@@ -183,6 +183,9 @@ class StoreConfig:
         ram_shared: slots in memory that another process can map.
         ram_extent: bytes by which the pool grows.
         ram_ahead: bytes of free slots that are made ready beside the caller, since fresh memory is slow to touch; 0 for none.
+        ram_huge_pages: ``transparent`` (default), ``reserved`` (those of ``vm.nr_hugepages``) or ``off``.
+        ram_numa_node: node whose memory slots are taken from, if it has some; ``None`` for no preference.
+        ram_pin: pin slots for a GPU once one is used, beside the caller, as the pool grows.
         chain_aware: never evict a chunk before those that extend it.
 
     Disk tier:
@@ -211,8 +214,11 @@ class StoreConfig:
     ram_capacity: int = field(default=4 * 1024**3, metadata=_BYTES)
     ram_policy: str = "lru"
     ram_shared: bool = False
-    ram_extent: int = field(default=64 * 1024**2, metadata=_BYTES)
+    ram_extent: int = field(default=256 * 1024**2, metadata=_BYTES)
     ram_ahead: int = field(default=256 * 1024**2, metadata=_BYTES)
+    ram_huge_pages: str = "transparent"
+    ram_numa_node: int | None = None
+    ram_pin: bool = True
     chain_aware: bool = True
     disk_capacity: int = field(default=10 * 1024**3, metadata=_BYTES)
     disk_path: str | None = None
@@ -237,6 +243,9 @@ class StoreConfig:
         for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity"):
             object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
+        _one_of("ram_huge_pages", self.ram_huge_pages, ("transparent", "reserved", "off"))
+        if self.ram_numa_node is not None:
+            _at_least("ram_numa_node", self.ram_numa_node, 0)
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
         _at_least("ram_capacity", self.ram_capacity, 1)

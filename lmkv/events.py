@@ -25,6 +25,7 @@ KINDS: Mapping[str, str] = {
     "tier_disabled": "a tier failed too often and is left out for a while; seconds, reason",
     "tier_enabled": "a tier that was left out answers again",
     "lease_expired": "a lease outlived its time limit and lost its hold; chunks",
+    "unpinned": "slots could not be pinned: a GPU copies from and to them slowly; bytes, reason",
     "reservation_lost": "a reservation was dropped without commit or abort; chunks",
 }
 

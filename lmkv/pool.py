@@ -3,6 +3,8 @@
 A slot has room for a whole record: the payload stands at ``payload_offset`` (see :mod:`lmkv.record`), and what comes before it
 is filled in when the record leaves for a slow tier. So slow tiers read into and write from slots without another copy.
 
+A GPU copies at full speed only from pinned memory: ``lmkv.transfer.Pinner`` pins extents beside the caller, as they appear.
+
 With ``shared=True`` the slab is an anonymous memory file that another process of the same user maps by :meth:`HostPool.handle`;
 it vanishes with its last user, however that ends.
 """
@@ -14,7 +16,9 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +28,7 @@ from .errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
 __all__ = ["HostPool", "MappedPool", "PoolHandle", "populate"]
 
 _PAGE = 4096
+_HUGE_PAGE = 2 * 1024**2
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 
 
@@ -35,21 +40,29 @@ class PoolHandle:
     fd: int
     slot_bytes: int
     slots_per_extent: int
+    slots: int
+    extent_bytes: int
 
 
 class _Slab:
     """Extents of slots, mapped one by one."""
 
-    def __init__(self, slot_bytes: int, slots_per_extent: int) -> None:
+    def __init__(self, slot_bytes: int, slots_per_extent: int, slots: int, extent_bytes: int) -> None:
         self.slot_bytes = slot_bytes
+        self.slots = slots
+        self.extent_bytes = extent_bytes
         self.slots_per_extent = slots_per_extent
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         self._closed = False
 
-    @property
-    def extent_bytes(self) -> int:
-        return self.slot_bytes * self.slots_per_extent
+    def extents(self) -> list[tuple[int, int]]:
+        """Address and size in bytes of the extents that are mapped now, in order."""
+        return [(_address(view), len(view)) for view in list(self._views)]
+
+    def complete(self) -> bool:
+        """Whether no more extents will come."""
+        return self._closed or len(self._views) * self.slots_per_extent >= self.slots
 
     def view(self, slot: int) -> memoryview:
         """The memory of a slot, ``slot_bytes`` long. Valid until the pool is closed.
@@ -87,27 +100,46 @@ class HostPool(_Slab):
         slots: the most slots there will ever be.
         extent_bytes: how much memory is added at a time; at least one slot.
         shared: in memory that another process can map.
+        huge_pages: ``transparent`` asks the kernel for them, ``reserved`` takes those that the administrator set aside
+            (``vm.nr_hugepages``), ``off`` asks for none.
+        numa_node: the node whose memory is preferred, ``None`` for no preference.
 
     Raises:
         CapacityError: less than one slot.
-        ConfigError: shared memory is not to be had on this platform.
+        ConfigError: shared memory, or huge pages, are not to be had on this platform.
     """
 
-    def __init__(self, slot_bytes: int, slots: int, *, extent_bytes: int = 64 * 1024**2, shared: bool = False) -> None:
+    def __init__(
+        self,
+        slot_bytes: int,
+        slots: int,
+        *,
+        extent_bytes: int = 64 * 1024**2,
+        shared: bool = False,
+        huge_pages: str = "transparent",
+        numa_node: int | None = None,
+    ) -> None:
         if slots < 1:
             raise CapacityError(
                 f"expected room for at least one slot of {slot_bytes} bytes; got {slots} slots: raise the capacity"
             )
         slot_bytes = -(-slot_bytes // _PAGE) * _PAGE
-        super().__init__(slot_bytes, min(slots, max(1, extent_bytes // slot_bytes)))
-        self.slots = slots
+        each = min(slots, max(1, extent_bytes // slot_bytes))
+        page = _HUGE_PAGE if huge_pages == "reserved" else _PAGE
+        super().__init__(slot_bytes, each, slots, -(-each * slot_bytes // page) * page)
+        self._huge_pages = huge_pages
+        self._numa_node = numa_node
         self._free: list[int] = []
         self._used = bytearray()
         self._fd = -1
-        if shared:
+        if shared or huge_pages == "reserved":
             if not hasattr(os, "memfd_create"):
-                raise ConfigError("ram_shared: expected a platform with memfd (Linux); set ram_shared to false")
-            self._fd = os.memfd_create("lmkv-slots", os.MFD_CLOEXEC)
+                raise ConfigError(
+                    "ram_shared, ram_huge_pages: expected a platform with memfd (Linux); set ram_shared to false and "
+                    "ram_huge_pages to off"
+                )
+            kind = os.MFD_HUGETLB if huge_pages == "reserved" else 0
+            self._fd = os.memfd_create("lmkv-slots", os.MFD_CLOEXEC | kind)
 
     @property
     def used(self) -> int:
@@ -152,10 +184,15 @@ class HostPool(_Slab):
             CapacityError: the operating system gives no more memory.
         """
         grown: list[tuple[int, int]] = []
+        before = len(self._free)
         while self.free_bytes < size and len(self._used) < self.slots and not self._closed:
             self._grow()
             view = self._views[-1]
-            grown.append((np.frombuffer(view, np.uint8).__array_interface__["data"][0], len(view)))
+            grown.append((_address(view), len(view)))
+        fresh = self._free[before:]  # not ready yet, so they are taken last
+        del self._free[before:]
+        fresh.sort(reverse=True)
+        self._free[:0] = fresh
         return grown
 
     def release(self, slots: Sequence[int]) -> None:
@@ -182,7 +219,7 @@ class HostPool(_Slab):
         """
         if self._fd < 0:
             raise ConfigError("expected a shared pool; this one is private: open the store with ram_shared: true")
-        return PoolHandle(os.getpid(), self._fd, self.slot_bytes, self.slots_per_extent)
+        return PoolHandle(os.getpid(), self._fd, self.slot_bytes, self.slots_per_extent, self.slots, self.extent_bytes)
 
     def close(self) -> None:
         """Unmap. Views that are still held elsewhere keep their memory until they go."""
@@ -201,10 +238,14 @@ class HostPool(_Slab):
                 extent = mmap.mmap(self._fd, size, offset=size * len(self._maps))
             else:
                 extent = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                if hasattr(mmap, "MADV_HUGEPAGE") and size >= 2 * 1024**2:
+            if hasattr(mmap, "MADV_HUGEPAGE") and size >= _HUGE_PAGE and self._huge_pages == "transparent":
+                with contextlib.suppress(OSError):  # a kernel without them
                     extent.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
-            raise CapacityError(f"expected {size} more bytes of memory for slots; the system says: {error}") from error
+            cure = ": raise vm.nr_hugepages or set ram_huge_pages to transparent" if self._huge_pages == "reserved" else ""
+            raise CapacityError(f"expected {size} more bytes of memory for slots; the system says: {error}{cure}") from error
+        if self._numa_node is not None:
+            _prefer_node(_address(memoryview(extent)), size, self._numa_node)
         self._add(extent)
         self._used.extend(bytes(count))
         self._free.extend(range(first + count - 1, first - 1, -1))
@@ -216,18 +257,41 @@ class HostPool(_Slab):
         assert sum(self._used) == self.used
 
 
-def populate(ranges: Sequence[tuple[int, int]]) -> None:
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
+
+
+def populate(ranges: Sequence[tuple[int, int]], threads: int = 1) -> None:
     """Have the system back memory with pages now, without changing what is in it. Best effort; releases the interpreter lock.
 
     Args:
         ranges: address and size in bytes of mapped memory.
+        threads: how many share the ranges; fresh pages come at about 1 GB/s a thread.
     """
     if not sys.platform.startswith("linux"):
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for address, size in ranges:
-        madvise(address, size, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then
+
+    def touch(span: tuple[int, int]) -> None:
+        madvise(*span, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then
+
+    if threads < 2 or len(ranges) < 2:
+        for span in ranges:
+            touch(span)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="lmkv-prepare") as pool:
+        list(pool.map(touch, ranges))
+
+
+def _prefer_node(address: int, size: int, node: int) -> None:
+    """Have pages of fresh memory come from one NUMA node while it has some. Best effort (mbind(2), MPOL_PREFERRED)."""
+    number = {"x86_64": 237, "aarch64": 235}.get(os.uname().machine)
+    if not sys.platform.startswith("linux") or number is None or not 0 <= node < 64:
+        return
+    mask = ctypes.c_ulong(1 << node)
+    preferred = 1
+    ctypes.CDLL(None).syscall(number, ctypes.c_void_p(address), ctypes.c_ulong(size), preferred, ctypes.byref(mask), 65, 0)
 
 
 class MappedPool(_Slab):
@@ -241,7 +305,8 @@ class MappedPool(_Slab):
     """
 
     def __init__(self, handle: PoolHandle) -> None:
-        super().__init__(handle.slot_bytes, handle.slots_per_extent)
+        super().__init__(handle.slot_bytes, handle.slots_per_extent, handle.slots, handle.extent_bytes)
+        self._growing = threading.Lock()
         try:
             self._fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -249,12 +314,21 @@ class MappedPool(_Slab):
 
     def view(self, slot: int) -> memoryview:
         """As the owner's; extents that the owner added since are mapped on the way."""
-        size = self.extent_bytes
-        while not self._closed and slot >= len(self._maps) * self.slots_per_extent:
-            if os.fstat(self._fd).st_size < size * (len(self._maps) + 1):
-                break
-            self._add(mmap.mmap(self._fd, size, offset=size * len(self._maps)))
+        if slot >= len(self._maps) * self.slots_per_extent:
+            self.refresh()
         return super().view(slot)
+
+    def refresh(self) -> None:
+        """Map the extents that the owner added since."""
+        size = self.extent_bytes
+        with self._growing:
+            while not self._closed and os.fstat(self._fd).st_size >= size * (len(self._maps) + 1):
+                self._add(mmap.mmap(self._fd, size, offset=size * len(self._maps)))
+
+    def extents(self) -> list[tuple[int, int]]:
+        """As the owner's."""
+        self.refresh()
+        return super().extents()
 
     def close(self) -> None:
         """Unmap."""

@@ -26,7 +26,7 @@ from .index import Node
 from .layout import KVLayout
 from .loading import Loader
 from .tiers import NewChunk, RamTier, SlowTier, Write
-from .transfer import Part, as_access, gather, scatter
+from .transfer import Part, Pins, as_access, gather, scatter
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
 
@@ -70,6 +70,7 @@ class Store:
         self._lock = threading.RLock()
         self._closed = False
         self._ram = RamTier(config, layout, self._emit)
+        self._pins = Pins(self._ram.pool, self._emit, config.ram_pin)
         self._slow: list[SlowTier] = []
         try:
             for settings in config.slow_tiers(layout.fingerprint.hex()):
@@ -236,6 +237,7 @@ class Store:
             for slot in lease.slots
             if start < slot.start + slot.tokens and slot.start < stop
         ]
+        self._pins.use(access.rows)
         scatter(access, parts, self.layout)
         with self._lock:  # a lease that lost its hold may have been overwritten under the copy
             return stop - start if lease.held else 0
@@ -368,6 +370,7 @@ class Store:
                 for slot in reservation.slots
             ]
             access.check(self.layout, parts[0].start, parts[-1].stop)
+            self._pins.use(access.rows)
             gather(access, parts, self.layout)
             return reservation.commit()
 
@@ -460,7 +463,8 @@ class Store:
         with self._lock:
             for lease in list(self._leases.values()):
                 self._release(lease)
-            self._ram.pool.close()
+        self._pins.close()
+        self._ram.pool.close()
 
     def __enter__(self) -> Store:
         return self

@@ -7,24 +7,23 @@
 #include "driver.h"
 #include "plan.h"
 
-enum { MOST_ENTRIES = 16, WIDTHS = 5 };
+enum { MOST_ENTRIES = 16, STREAMS = 2, WIDTHS = 5 };
 
 typedef struct {
     uint64_t address;
     size_t bytes;
 } pinned_range;
 
-/* Staging memory of one direction: entries used in turn. */
+/* Staging memory of one direction: entries used in turn, by two streams in turn. While a kernel works on one stream's entry, the
+ * wire serves the other's: no event has to pass between them. More streams were slower on an H100: up 0.92 of a plain copy instead
+ * of 0.97, and both directions at once 0.63 instead of 1.04. */
 typedef struct {
     gpu_address base;
     int64_t entry_bytes;
     int64_t wanted_bytes; /* what the options said when it was made */
     int64_t entries;
     int64_t next;
-    gpu_event full[MOST_ENTRIES]; /* filled; recorded by who filled it */
-    gpu_event empty[MOST_ENTRIES];
-    gpu_stream dma;
-    gpu_stream kernels;
+    gpu_stream streams[STREAMS];
 } staging_ring;
 
 struct lmkv_gpu {
@@ -52,7 +51,10 @@ struct lmkv_gpu_copy {
     char *host_table;     /* rows, places and jobs, pinned */
     gpu_address table;    /* and where the device finds them */
     size_t table_bytes;
-    gpu_event start, finished;
+    gpu_event start;      /* what was in the caller's stream */
+    gpu_event ready;      /* and the table is on the device */
+    gpu_event finished;
+    gpu_event join;       /* the other stream has come to the end of a group */
     gpu_event *group_done;
     int64_t *ends; /* last row + 1 of each group */
     int64_t groups, room_groups;

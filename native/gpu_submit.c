@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { THREADS = 512, TILE = 4 * THREADS }; /* of kernels.cu: threads of a block, vectors of a tile */
+enum { PER_THREAD = 2 }; /* of kernels.cu: vectors of a thread in a tile */
 static const int64_t MOST_PITCH = INT32_MAX;
 
 /* One kernel launch, and the transfers before or after it. */
@@ -246,12 +246,13 @@ static int vector_width(const submission *s, const piece *p) {
 
 static gpu_status launch(const submission *s, const piece *p, const lmkv_gpu_copy *copy, gpu_stream stream) {
     const lmkv_plan *plan = s->plan;
+    const lmkv_gpu_options *options = &s->gpu->options;
     int width = vector_width(s, p);
-    int64_t tiles = 1;
+    int64_t tiles = 1, tile = PER_THREAD * options->threads;
     for (int64_t job = p->job; job < p->job + p->jobs; job++) {
         for (int64_t r = p->row; r < p->row + p->rows; r++) {
             int64_t vectors = plan->rows[r].heads * s->jobs[job].tokens * (plan->rows[r].run >> width);
-            if ((vectors + TILE - 1) / TILE > tiles) tiles = (vectors + TILE - 1) / TILE;
+            if ((vectors + tile - 1) / tile > tiles) tiles = (vectors + tile - 1) / tile;
         }
     }
     gpu_address rows = copy->table + (uint64_t)p->row * sizeof(lmkv_row);
@@ -260,35 +261,9 @@ static gpu_status launch(const submission *s, const piece *p, const lmkv_gpu_cop
     uint32_t n_rows = (uint32_t)p->rows, n_places = (uint32_t)plan->n_places, n_jobs = (uint32_t)p->jobs, n_tiles = (uint32_t)tiles;
     void *arguments[] = {&rows, &n_rows, &places, &n_places, &jobs, &n_jobs, &n_tiles};
     int64_t blocks = p->jobs * p->rows * tiles;
-    if (blocks > s->gpu->options.thread_blocks) blocks = s->gpu->options.thread_blocks;
-    return s->gpu->driver->launch(s->gpu->kernels[s->into_payloads][width], (unsigned)blocks, 1, 1, THREADS, 1, 1, 0, stream, arguments, NULL);
-}
-
-static gpu_status submit_scatter(const submission *s, const piece *p, const lmkv_gpu_copy *copy, staging_ring *ring, int64_t entry) {
-    const gpu_driver *driver = s->gpu->driver;
-    gpu_status status = 0;
-    if (p->bytes) {
-        status = driver->stream_wait(ring->dma, ring->empty[entry], 0);
-        if (!status) status = transfer_piece(s, p, 1, ring->dma);
-        if (!status) status = driver->event_record(ring->full[entry], ring->dma);
-        if (!status) status = driver->stream_wait(ring->kernels, ring->full[entry], 0);
-    }
-    if (!status) status = launch(s, p, copy, ring->kernels);
-    if (!status && p->bytes) status = driver->event_record(ring->empty[entry], ring->kernels);
-    return status;
-}
-
-static gpu_status submit_gather(const submission *s, const piece *p, const lmkv_gpu_copy *copy, staging_ring *ring, int64_t entry) {
-    const gpu_driver *driver = s->gpu->driver;
-    if (!p->bytes) return launch(s, p, copy, ring->kernels);
-    gpu_status status = driver->stream_wait(ring->kernels, ring->empty[entry], 0);
-    if (!status && p->merge) status = transfer_piece(s, p, 1, ring->kernels);
-    if (!status) status = launch(s, p, copy, ring->kernels);
-    if (!status) status = driver->event_record(ring->full[entry], ring->kernels);
-    if (!status) status = driver->stream_wait(ring->dma, ring->full[entry], 0);
-    if (!status) status = transfer_piece(s, p, 0, ring->dma);
-    if (!status) status = driver->event_record(ring->empty[entry], ring->dma);
-    return status;
+    if (blocks > options->thread_blocks) blocks = options->thread_blocks;
+    return s->gpu->driver->launch(s->gpu->kernels[s->into_payloads][width], (unsigned)blocks, 1, 1, (unsigned)options->threads, 1, 1, 0,
+                                  stream, arguments, NULL);
 }
 
 /* Give every job its place: an entry of the ring, used in turn, or its payload itself. */
@@ -301,55 +276,99 @@ static void place_jobs(submission *s, const staging_ring *ring) {
             s->jobs[job].payload = p->bytes ? at : host_address(s, job, p->row);
             at += (uint64_t)share(s, s->job_part[job], p->row, p->row + p->rows);
         }
-        if (p->bytes) entry = (entry + 1) % ring->entries;
+        entry = (entry + 1) % ring->entries;
     }
+}
+
+/* Bytes of rows, places and jobs as the device finds them, one behind the other. */
+static size_t table_bytes(const submission *s) {
+    return (size_t)s->plan->n_rows * sizeof(lmkv_row) + (size_t)(s->plan->tables * s->plan->n_places) * sizeof(lmkv_place) +
+           (size_t)s->n_jobs * sizeof(gpu_job);
+}
+
+static void fill_table(const submission *s, char *table) {
+    const lmkv_plan *plan = s->plan;
+    size_t rows = (size_t)plan->n_rows * sizeof(lmkv_row), places = (size_t)(plan->tables * plan->n_places) * sizeof(lmkv_place);
+    memcpy(table, plan->rows, rows);
+    if (places) memcpy(table + rows, plan->places, places);
+    if (s->n_jobs) memcpy(table + rows + places, s->jobs, (size_t)s->n_jobs * sizeof(gpu_job));
+}
+
+/* Which streams of the ring a copy has used, and which of them have waited for its table. */
+typedef struct {
+    uint32_t used, waited;
+} streams_seen;
+
+/* The first kernel on a stream comes behind the caller's work and the table; transfers before it need neither. */
+static gpu_status before_kernel(const submission *s, lmkv_gpu_copy *copy, gpu_stream stream, uint32_t bit, streams_seen *seen) {
+    const gpu_driver *driver = s->gpu->driver;
+    gpu_status status = 0;
+    if (seen->waited & bit) return 0;
+    if (seen->waited) {
+        status = driver->stream_wait(stream, copy->ready, 0);
+    } else {
+        status = driver->to_device(copy->table, copy->host_table, table_bytes(s), stream);
+        if (!status) status = driver->stream_wait(stream, copy->start, 0);
+        if (!status) status = driver->event_record(copy->ready, stream);
+    }
+    seen->waited |= bit;
+    return status;
+}
+
+static gpu_status submit_piece(const submission *s, const piece *p, lmkv_gpu_copy *copy, staging_ring *ring, streams_seen *seen) {
+    gpu_stream stream = ring->streams[ring->next % STREAMS];
+    uint32_t bit = 1u << ring->next % STREAMS;
+    gpu_status status = 0;
+    seen->used |= bit;
+    if (p->bytes && (p->merge || !s->into_payloads)) status = transfer_piece(s, p, 1, stream);
+    if (!status) status = before_kernel(s, copy, stream, bit, seen);
+    if (!status) status = launch(s, p, copy, stream);
+    if (!status && p->bytes && s->into_payloads) status = transfer_piece(s, p, 0, stream);
+    ring->next = (ring->next + 1) % ring->entries;
+    return status;
+}
+
+/* Record an event that has happened once both streams have come so far. */
+static gpu_status join(const submission *s, lmkv_gpu_copy *copy, const staging_ring *ring, uint32_t used, gpu_event event) {
+    const gpu_driver *driver = s->gpu->driver;
+    int64_t last = (ring->next + ring->entries - 1) % STREAMS, other = 1 - last;
+    gpu_status status = 0;
+    if (used >> other & 1) {
+        status = driver->event_record(copy->join, ring->streams[other]);
+        if (!status) status = driver->stream_wait(ring->streams[last], copy->join, 0);
+    }
+    return status ? status : driver->event_record(event, ring->streams[last]);
 }
 
 static gpu_status submit(submission *s, lmkv_gpu_copy *copy, uint64_t caller) {
     const gpu_driver *driver = s->gpu->driver;
-    const lmkv_plan *plan = s->plan;
     staging_ring *ring = &s->gpu->rings[s->into_payloads];
+    streams_seen seen = {0, 0};
     place_jobs(s, ring);
-    size_t rows = (size_t)plan->n_rows * sizeof(lmkv_row), places = (size_t)(plan->tables * plan->n_places) * sizeof(lmkv_place);
-    size_t jobs = (size_t)s->n_jobs * sizeof(gpu_job);
-    memcpy(copy->host_table, plan->rows, rows);
-    if (places) memcpy(copy->host_table + rows, plan->places, places);
-    if (jobs) memcpy(copy->host_table + rows + places, s->jobs, jobs);
-    gpu_status status = driver->to_device(copy->table, copy->host_table, rows + places + jobs, ring->kernels);
-    if (!status) status = driver->event_record(copy->start, (gpu_stream)(uintptr_t)caller);
-    if (!status) status = driver->stream_wait(ring->kernels, copy->start, 0);
-    int64_t recorded = 0;
+    fill_table(s, copy->host_table);
+    gpu_status status = driver->event_record(copy->start, (gpu_stream)(uintptr_t)caller);
+    int64_t group = 0;
     for (int64_t i = 0; !status && i < s->n_pieces; i++) {
         const piece *p = &s->pieces[i];
-        status = s->into_payloads ? submit_gather(s, p, copy, ring, ring->next) : submit_scatter(s, p, copy, ring, ring->next);
-        if (p->bytes) ring->next = (ring->next + 1) % ring->entries;
-        for (; !status && recorded <= p->group; recorded++) status = driver->event_record(copy->group_done[recorded], ring->kernels);
+        status = submit_piece(s, p, copy, ring, &seen);
+        if (p->group < 0 || s->into_payloads) continue;
+        for (; !status && group <= p->group; group++) status = join(s, copy, ring, seen.used, copy->group_done[group]);
     }
-    for (; !status && recorded < copy->groups; recorded++) status = driver->event_record(copy->group_done[recorded], ring->kernels);
-    if (!status && s->into_payloads) {
-        /* a kernel may have been the last to write to host memory: the end comes after both streams */
-        status = driver->stream_wait(ring->dma, copy->group_done[copy->groups - 1], 0);
-        if (!status) status = driver->event_record(copy->finished, ring->dma);
-    } else if (!status) {
-        status = driver->event_record(copy->finished, ring->kernels);
-    }
+    for (; !status && group < copy->groups; group++) status = join(s, copy, ring, seen.used, copy->group_done[group]);
+    if (!status) status = join(s, copy, ring, seen.used, copy->finished);
     if (status) { /* nothing of it may run on unseen */
-        driver->stream_sync(ring->dma);
-        driver->stream_sync(ring->kernels);
+        for (int i = 0; i < STREAMS; i++) driver->stream_sync(ring->streams[i]);
     }
     return status;
 }
 
 static lmkv_gpu_copy *start(submission *s, int64_t total, uint64_t stream) {
-    const lmkv_plan *plan = s->plan;
     choose_paths(s, total);
     for (int64_t group = 0; group < s->groups; group++) {
         if (plan_group(s, group)) return NULL;
     }
-    size_t bytes = (size_t)plan->n_rows * sizeof(lmkv_row) + (size_t)(plan->tables * plan->n_places) * sizeof(lmkv_place) +
-                   (size_t)s->n_jobs * sizeof(gpu_job);
-    if (s->largest && gpu_ring_ready(s->gpu, s->into_payloads, s->largest, s->why, s->room)) return NULL;
-    lmkv_gpu_copy *copy = gpu_copy_new(s->gpu, bytes, s->groups, s->why, s->room);
+    if (gpu_ring_ready(s->gpu, s->into_payloads, s->largest, s->why, s->room)) return NULL;
+    lmkv_gpu_copy *copy = gpu_copy_new(s->gpu, table_bytes(s), s->groups, s->why, s->room);
     if (!copy) return NULL;
     memcpy(copy->ends, s->ends, (size_t)s->groups * sizeof *copy->ends);
     copy->into_payloads = s->into_payloads;

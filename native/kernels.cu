@@ -20,13 +20,13 @@ struct Job {
     u32 held, first, tokens, at;
 };
 
-enum { THREADS = 512, PER_THREAD = 4 };
+enum { MOST_THREADS = 1024, PER_THREAD = 2 };
 
 struct alignas(16) Vector16 {
     u64 low, high;
 };
 
-/* A launch moves `rows` rows of `jobs` parts. One tile is THREADS * PER_THREAD vectors of one row of one part; `tiles` of them are
+/* A launch moves `rows` rows of `jobs` parts. One tile is blockDim.x * PER_THREAD vectors of one row of one part; `tiles` of them are
  * enough for any. Neighbouring threads take neighbouring vectors of a token, then neighbouring tokens: contiguous in the payload,
  * and in the engine's memory for at least a token's run. All loads of a thread are issued before its first store. */
 template <typename Vector, bool INTO_PAYLOADS>
@@ -34,7 +34,7 @@ __device__ void move(const Row *rows, u32 n_rows, const Place *places, u32 n_pla
     const i64 first_offset = rows[0].offset;
     const u64 total = (u64)n_jobs * n_rows * tiles;
     for (u64 tile = blockIdx.x; tile < total; tile += gridDim.x) {
-        const u32 item = (u32)(tile / tiles), begin = (u32)(tile % tiles) * (THREADS * PER_THREAD) + threadIdx.x;
+        const u32 item = (u32)(tile / tiles), begin = (u32)(tile % tiles) * (blockDim.x * PER_THREAD) + threadIdx.x;
         const Row row = rows[item % n_rows];
         const Job job = jobs[item / n_rows];
         const u32 vectors = (u32)row.run / (u32)sizeof(Vector), count = (u32)row.heads * job.tokens * vectors;
@@ -44,7 +44,7 @@ __device__ void move(const Row *rows, u32 n_rows, const Place *places, u32 n_pla
         Vector *to[PER_THREAD];
 #pragma unroll
         for (int u = 0; u < PER_THREAD; u++) {
-            const u32 i = begin + u * THREADS;
+            const u32 i = begin + u * blockDim.x;
             to[u] = nullptr;
             if (i < count) {
                 const u32 token_and_head = i / vectors, vector = i - token_and_head * vectors;
@@ -67,7 +67,7 @@ __device__ void move(const Row *rows, u32 n_rows, const Place *places, u32 n_pla
 }
 
 #define KERNEL(name, type, into)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                 \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)                                                                \
         name(const Row *rows, u32 n_rows, const Place *places, u32 n_places, const Job *jobs, u32 n_jobs, u32 tiles) {    \
         move<type, into>(rows, n_rows, places, n_places, jobs, n_jobs, tiles);                                            \
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
@@ -136,7 +137,7 @@ def test_refusals() -> None:
     with pytest.raises(CapacityError, match="memory"):
         HostPool(1 << 60, 1 << 20, extent_bytes=1 << 60).allocate(1)
     with pytest.raises(CapacityError, match="can't be mapped"):
-        MappedPool(PoolHandle(2**22 + 1, 3, PAGE, 4))  # beyond the largest process id there can be
+        MappedPool(PoolHandle(2**22 + 1, 3, PAGE, 4, 4, 4 * PAGE))  # beyond the largest process id there can be
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ _OTHER = """
 import sys
 from lmkv.errors import ArgumentError
 from lmkv.pool import MappedPool, PoolHandle
-pool = MappedPool(PoolHandle(*map(int, sys.argv[1:5])))
+pool = MappedPool(PoolHandle(*map(int, sys.argv[1:7])))
 print("ready", flush=True)
 for line in sys.stdin:
     word, slot, text = line.split()
@@ -165,7 +166,7 @@ class Other:
 
     def __init__(self, pool: HostPool) -> None:
         handle = pool.handle()
-        numbers = [str(n) for n in (handle.pid, handle.fd, handle.slot_bytes, handle.slots_per_extent)]
+        numbers = [str(n) for n in dataclasses.astuple(handle)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _OTHER, *numbers], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -236,7 +237,7 @@ def test_nothing_is_left_of_an_owner_that_was_killed() -> None:
     try:
         assert owner.stdout is not None
         fd = int(owner.stdout.readline())
-        handle = PoolHandle(owner.pid, fd, 1 << 20, 1)
+        handle = PoolHandle(owner.pid, fd, 1 << 20, 1, 8, 1 << 20)
         mapped = MappedPool(handle)
         assert bytes(mapped.view(7)) == b"x" * (1 << 20)
     finally:

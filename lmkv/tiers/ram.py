@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from array import array
 from collections.abc import Container, Iterable, Sequence
@@ -81,7 +82,14 @@ class RamTier:
                 f"ram_capacity: expected at least one chunk of {slot_bytes} bytes ({layout.chunk_tokens} tokens); "
                 f"got {config.ram_capacity}: raise it or use smaller chunks"
             )
-        self.pool = HostPool(slot_bytes, slots, extent_bytes=config.ram_extent, shared=config.ram_shared)
+        self.pool = HostPool(
+            slot_bytes,
+            slots,
+            extent_bytes=config.ram_extent,
+            shared=config.ram_shared,
+            huge_pages=config.ram_huge_pages,
+            numa_node=config.ram_numa_node,
+        )
         self.index = PrefixIndex()
         self.content = ContentIndex()
         policy = make_policy(config.ram_policy, slots)
@@ -112,7 +120,7 @@ class RamTier:
                 threading.Thread(target=self._populate, args=(grown,), name="lmkv-prepare", daemon=True).start()
 
     def _populate(self, grown: list[tuple[int, int]]) -> None:
-        populate(grown)
+        populate(grown, min(8, (os.cpu_count() or 2) // 2))
         self._preparing = False
 
     def make_room(self, n: int, protected: Container[ChunkKey]) -> int:

@@ -6,6 +6,25 @@ A :class:`KVAccess` describes a text's tensors: ``gather`` fills payloads from t
 
 from .access import DenseKV, KVAccess, PagedKV, as_access
 from .engine import Copy, CopyEngine, gather, scatter
+from .gpu import Gpu, GpuOptions
+from .pinning import Pinner, Pins
 from .plan import Part, payload_arrays
+from .rows import device_of
 
-__all__ = ["Copy", "CopyEngine", "DenseKV", "KVAccess", "PagedKV", "Part", "as_access", "gather", "payload_arrays", "scatter"]
+__all__ = [
+    "Copy",
+    "CopyEngine",
+    "DenseKV",
+    "Gpu",
+    "GpuOptions",
+    "KVAccess",
+    "PagedKV",
+    "Part",
+    "Pinner",
+    "Pins",
+    "as_access",
+    "device_of",
+    "gather",
+    "payload_arrays",
+    "scatter",
+]

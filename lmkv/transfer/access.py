@@ -48,10 +48,12 @@ def paged_places(block_ids: npt.NDArray[np.int32], block_tokens: int, start: int
         block_ids: the text's blocks in order, int32.
         block_tokens: tokens in one.
     """
-    places = np.empty((stop - start, 2), dtype=np.int32)
-    number, places[:, 1] = np.divmod(np.arange(start, stop, dtype=np.int32), block_tokens)
-    places[:, 0] = block_ids[number]
-    return places
+    first, skip = divmod(start, block_tokens)
+    last = -(-stop // block_tokens)
+    whole = np.empty((last - first, block_tokens, 2), dtype=np.int32)
+    whole[:, :, 0] = block_ids[first:last, None]
+    whole[:, :, 1] = np.arange(block_tokens, dtype=np.int32)
+    return whole.reshape(-1, 2)[skip : skip + stop - start]
 
 
 class DenseKV:

@@ -171,9 +171,20 @@ class CopyEngine:
                     raise ArgumentError(
                         f"expected blocks for tokens {part.start} to {part.stop}; got {len(ids)} of {size} tokens"
                     )
-            spans = [paged_places(ids, size, part.start, part.stop) for part in parts]
+            spans = [paged_places(ids, size, start, stop) for start, stop in _spans(parts)]
             found.append(np.concatenate(spans) if spans else np.empty((0, 2), np.int32))
         return found
+
+
+def _spans(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """The parts' positions, where one follows another as one span."""
+    spans: list[tuple[int, int]] = []
+    for part in parts:
+        if spans and spans[-1][1] == part.start:
+            spans[-1] = (spans[-1][0], part.stop)
+        else:
+            spans.append((part.start, part.stop))
+    return spans
 
 
 def _group_ends(layers: int) -> npt.NDArray[np.int64]:
@@ -219,7 +230,7 @@ def scatter(access: KVAccess, parts: Sequence[Part], layout: KVLayout) -> None:
 
 def _move(access: KVAccess, parts: Sequence[Part], layout: KVLayout, *, into_payloads: bool) -> None:
     rows: Sequence[Row] = access.rows
-    spans = [access.places(part.start, part.stop) for part in parts]
+    spans = [access.places(start, stop) for start, stop in _spans(parts)]
     places = [np.concatenate(spans)] if spans else [np.empty((0, 2), np.int32)]
     device = device_of(rows)
     if device is not None:

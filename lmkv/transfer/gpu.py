@@ -28,13 +28,14 @@ class GpuOptions:
 
     Args:
         entry_bytes, entries: of the staging ring in device memory, one a direction.
-        thread_blocks: of a kernel; few, so that they do not disturb what else runs.
+        thread_blocks, threads: of a kernel: blocks at most, and threads in each.
         direct_bytes: copies of at most so many bytes are one kernel on pinned host memory, without staging.
     """
 
-    entry_bytes: int = 20 << 20
-    entries: int = 4
-    thread_blocks: int = 16
+    entry_bytes: int = 40 << 20
+    entries: int = 2
+    thread_blocks: int = 132
+    threads: int = 512
     direct_bytes: int = 256 << 10
 
 
@@ -122,7 +123,7 @@ class Gpu:
             NativeError: a value is out of range.
         """
         why = _message()
-        values = (options.entry_bytes, options.entries, options.thread_blocks, options.direct_bytes)
+        values = (options.entry_bytes, options.entries, options.thread_blocks, options.threads, options.direct_bytes)
         if native.lib.lmkv_gpu_tune(self._handle, native.ffi.new("lmkv_gpu_options *", values), why, _ROOM):
             raise NativeError(_text(why))
         self.options = options

@@ -67,12 +67,14 @@ class Plan:
             raise NativeError("expected the compiled part; it was not built: install a C compiler and reinstall lmkv")
         self._rows = np.ascontiguousarray(rows)
         self._places = np.ascontiguousarray(np.stack(places), dtype=np.int32)
-        table = np.empty((len(parts), 5), dtype=np.int64)  # the columns of lmkv_part
+        ffi = native.ffi
+        lines: list[tuple[int, ...]] = []  # the columns of lmkv_part
         at = 0
-        for line, part in zip(table, parts, strict=True):
-            address = np.frombuffer(part.payload, np.uint8).__array_interface__["data"][0]
-            line[:] = address, part.last - part.first, part.start - part.first, part.stop - part.start, at
+        for part in parts:
+            address = int(ffi.cast("uintptr_t", ffi.from_buffer(part.payload)))
+            lines.append((address, part.last - part.first, part.start - part.first, part.stop - part.start, at))
             at += part.stop - part.start
+        table = np.array(lines, dtype=np.int64).reshape(-1, 5)
         self._parts = table
         self._held = [part.payload for part in parts]
         self.struct = native.ffi.new(

@@ -218,7 +218,7 @@ def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots, products
         ("scatter", lambda: engine.scatter(slots.parts, [table], stream=0)),
         ("gather", lambda: engine.gather(slots.parts, [table], stream=0)),
     ):
-        ratios = [run(beside) / run(None) for _ in range(5)]
+        ratios = [run(beside) / run(None) for _ in range(3)]
         yield row(f"matmul_beside_{name}", statistics.median(ratios), "times", 1.0)
 
 
@@ -227,7 +227,7 @@ def tuning(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, rates:
     total = TOKENS * LAYOUT.token_bytes
     chosen = gpu.options
     for entry, entries, blocks in ((8, 4, 16), (20, 4, 8), (20, 4, 32), (20, 3, 16), (20, 8, 16), (40, 3, 16), (40, 4, 32)):
-        gpu.tune(GpuOptions(entry << 20, entries, blocks))
+        gpu.tune(GpuOptions(entry << 20, entries, blocks, 512))
         name = f"{entry}MiB_x{entries}_{blocks}"
         yield row(
             f"scatter_{name}",
