@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import importlib.metadata
 import json
@@ -38,15 +37,25 @@ def _version(distribution: str) -> str | None:
 
 
 def _gpu() -> str:
+    from ..transfer.gpu import Gpu, count
+
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no CUDA driver: slots are ordinary memory"
-    status = driver.cuInit(0)
-    count = ctypes.c_int()
-    if status != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
-        return f"a CUDA driver without a usable device (status {status})"
-    return f"{count.value} CUDA device(s); copies to them come with the engines' adapters"
+        names = [Gpu.of(device).fact("name") for device in range(count())]
+    except LMKVError as error:
+        return f"none to copy to: {error}"
+    return f"{len(names)}: {', '.join(names)}" if names else "a driver, but no device"
+
+
+def _kernels() -> str:
+    from ..transfer import kernels
+
+    if importlib.import_module("lmkv._native").lib is None:
+        return "not to be had without the compiled part"
+    image = kernels.built_in()
+    if image is not None:
+        return f"built in, {len(image)} bytes"
+    library = kernels.nvrtc_path()
+    return f"compiled on first use by {library}" if library else "neither built in nor NVRTC to compile them: no GPU copies"
 
 
 def _memory() -> str:
@@ -88,6 +97,7 @@ def examine() -> dict[str, dict[str, str]]:
             "processors": str(os.cpu_count()),
             "memory": _memory(),
             "gpu": _gpu(),
+            "gpu kernels": _kernels(),
             "shared slots": "to be had" if hasattr(os, "memfd_create") else "not to be had: memfd is missing",
             "cache directory": f"{home}, {'writable' if writable else 'NOT writable'}, {free:.1f} GiB free",
         },

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError, LayoutMismatchError
 from ..layout import KVLayout
 from .access import KVAccess, Places, paged_places
-from .gpu import Gpu
+from .calibration import tuned
 from .host import copy_compiled, copy_numpy, needs_numpy
 from .plan import Part, Plan
 from .rows import Bits, Layers, Row, device_of, layer_shapes, row_table
@@ -94,7 +94,7 @@ class CopyEngine:
         self._tables = [table for table, kv in zip(given, kinds, strict=True) for _ in range(kv)]
         self._first_row = sum(kv for kv, *_ in shapes[:first_layer])
         self._layer_rows = np.cumsum(kinds, dtype=np.int64)
-        self._gpu = None if self.device is None else Gpu.of(self.device)
+        self._gpu = None if self.device is None else tuned(self.device)
         self._table = row_table(self._rows, layout, first_row=self._first_row, tables=self._tables)
         self._block_tokens = self._sizes()
 
@@ -236,7 +236,7 @@ def _move(access: KVAccess, parts: Sequence[Part], layout: KVLayout, *, into_pay
     if device is not None:
         plan = Plan(row_table(rows, layout), parts, places)
         everything = np.array([len(rows)])
-        Gpu.of(device).start(plan, everything, everything.tolist(), 0, into_payloads=into_payloads, stream=None).wait()
+        tuned(device).start(plan, everything, everything.tolist(), 0, into_payloads=into_payloads, stream=None).wait()
         return
     host = typing.cast(Sequence[Bits], rows)
     table = row_table(rows, layout)

@@ -78,7 +78,9 @@ class Gpu:
     _lock = threading.Lock()
 
     def __init__(self, device: int, *, image: bytes | None = None, cache: Path | None = None) -> None:
-        count()
+        devices = count()
+        if not 0 <= device < devices:
+            raise NativeError(f"expected a device from 0 to {devices - 1}; got {device}")
         self.device = device
         self.options = GpuOptions()
         image = built_in() if image is None else image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import hashlib
@@ -15,7 +16,7 @@ from ..config import cache_home
 from ..errors import NativeError
 from .plan import native
 
-__all__ = ["built_in", "compiled"]
+__all__ = ["built_in", "compiled", "nvrtc_path"]
 
 
 def built_in() -> bytes | None:
@@ -66,16 +67,23 @@ def _libraries() -> Iterator[str]:
     yield from ("/usr/local/cuda/lib64/libnvrtc.so", "libnvrtc.so")
 
 
-def _library() -> ctypes.CDLL:
+def nvrtc_path() -> str | None:
+    """Name or path of the NVRTC that :func:`compiled` would use; ``None`` if there is none."""
     for name in _libraries():
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise NativeError(
-        "expected nvcc when lmkv was built, or NVRTC now; got neither: install the CUDA toolkit and reinstall lmkv, or "
-        "pip install nvidia-cuda-nvrtc"
-    )
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name)
+            return name
+    return None
+
+
+def _library() -> ctypes.CDLL:
+    name = nvrtc_path()
+    if name is None:
+        raise NativeError(
+            "expected nvcc when lmkv was built, or NVRTC now; got neither: install the CUDA toolkit and reinstall lmkv, or "
+            "pip install nvidia-cuda-nvrtc"
+        )
+    return ctypes.CDLL(name)
 
 
 def _compile(source: bytes, arch: str) -> bytes:
