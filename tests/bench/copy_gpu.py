@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import lmkv
 from lmkv.layout import KVLayout
 from lmkv.pool import HostPool
 from lmkv.transfer import CopyEngine, Part
@@ -194,39 +195,43 @@ def submission(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Iterator[
         yield row(f"{name}_whole", TOKENS * LAYOUT.token_bytes / statistics.median(wholes) / 1e9, "GB/s", 55.0)
 
 
-def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots, products: int = 60) -> Iterator[Row]:
-    """How much slower 8192 x 8192 x 8192 bf16 products are while a load, or a store, runs beside them."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Iterator[Row]:
+    """How much slower 8192 x 8192 x 8192 bf16 products are while loads, or stores, run beside them, and at what rate these do."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    beside = torch.cuda.Stream().cuda_stream
 
-    def run(beside: Callable[[], Any] | None) -> float:
+    def products(until: Callable[[], bool], least: int) -> tuple[float, float]:
+        """Seconds a product, and in all."""
         torch.cuda.synchronize()
-        copies = [beside() for _ in range(6)] if beside else []
-        begin.record()
-        for _ in range(products):
-            torch.matmul(a, b, out=out)
-        end.record()
-        end.synchronize()
-        for copy in copies:
-            assert not copies[-1].done() or copy is not copies[-1], "the copies ended before the products"
-            copy.wait()
-        return float(begin.elapsed_time(end))
+        begun, made = time.perf_counter(), 0
+        while made < least or not until():
+            for _ in range(4):
+                torch.matmul(left, right, out=out)
+            made += 4
+            torch.cuda.current_stream().synchronize()
+        spent = time.perf_counter() - begun
+        return spent / made, spent
 
-    run(None)
-    for name, beside in (
-        ("scatter", lambda: engine.scatter(slots.parts, [table], stream=0)),
-        ("gather", lambda: engine.gather(slots.parts, [table], stream=0)),
-    ):
-        ratios = [run(beside) / run(None) for _ in range(3)]
+    products(lambda: True, 60)
+    for name, move in (("scatter", engine.scatter), ("gather", engine.gather)):
+        ratios, rates = [], []
+        for _ in range(5):
+            before = products(lambda: True, 60)[0]
+            copies = [move(slots.parts, [table], stream=beside) for _ in range(4)]
+            during, spent = products(lambda copies=copies: copies[-1].done(), 4)
+            after = products(lambda: True, 60)[0]
+            ratios.append(2 * during / (before + after))
+            rates.append(4 * TOKENS * LAYOUT.token_bytes / spent / 1e9)
         yield row(f"matmul_beside_{name}", statistics.median(ratios), "times", 1.0)
+        yield row(f"{name}_beside_matmul", statistics.median(rates), "GB/s", 55.0)
 
 
 def tuning(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, rates: dict[str, float]) -> Iterator[Row]:
     """The same copy with other rings and kernels."""
     total = TOKENS * LAYOUT.token_bytes
     chosen = gpu.options
-    for entry, entries, blocks in ((8, 4, 16), (20, 4, 8), (20, 4, 32), (20, 3, 16), (20, 8, 16), (40, 3, 16), (40, 4, 32)):
+    for entry, entries, blocks in ((8, 2, 132), (20, 2, 132), (40, 2, 16), (40, 4, 132), (80, 2, 132)):
         gpu.tune(GpuOptions(entry << 20, entries, blocks, 512))
         name = f"{entry}MiB_x{entries}_{blocks}"
         yield row(
@@ -266,6 +271,29 @@ def tuning(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, rates:
     gpu.tune(chosen)
 
 
+def pool_start(size: int = 8 << 30) -> Iterator[Row]:
+    """A store of 8 GiB on a GPU: when its first chunk is stored, and when all of it is pinned, beside one cudaHostAlloc."""
+    layers, table = engine_memory(16, "NHD")
+    CopyEngine(layers, LAYOUT)  # what is done once a machine and once a process
+    begun = time.perf_counter()
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    at_once = time.perf_counter() - begun
+    del pinned
+    for shared in (False, True):
+        config = lmkv.StoreConfig(model="bench", disk_capacity=0, ram_capacity=size, ram_ahead=size, ram_shared=shared)
+        begun = time.perf_counter()
+        with lmkv.Store(config, LAYOUT) as store:
+            assert store.store(range(256), lmkv.PagedKV(layers, table)) == 256
+            first = time.perf_counter() - begun
+            pinner = store._pins._pinners[torch.cuda.current_device()]
+            assert pinner.wait(60)
+            assert all(Gpu.of(0).pinned(*extent) for extent in store._ram.pool.extents())
+            whole = time.perf_counter() - begun
+        name = "shared" if shared else "private"
+        yield row(f"pool_8GiB_{name}_first_chunk", first * 1e3, "ms", 50.0)
+        yield row(f"pool_8GiB_{name}_pinned", whole, "s", at_once)
+
+
 def rows() -> Iterator[Row]:
     """All rows; the plain copies of 1 GiB come first and are what the ratios refer to."""
     gpu = Gpu.of(torch.cuda.current_device())
@@ -275,6 +303,7 @@ def rows() -> Iterator[Row]:
     slots = Slots(gpu)
     slots.fill()
     yield from copies(gpu, slots, plain)
+    yield from pool_start()
 
 
 if __name__ == "__main__":
