@@ -196,7 +196,7 @@ def submission(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Iterator[
 
 
 def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Iterator[Row]:
-    """How much slower 8192 x 8192 x 8192 bf16 products are while loads, or stores, run beside them, and at what rate these do."""
+    """How much slower 8192 x 8192 x 8192 bf16 products are while loads, or stores, run beside them, and how fast these are."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
     beside = torch.cuda.Stream().cuda_stream
