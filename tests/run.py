@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: ``python tests/run.py [STAGE ...]``.
 
-Stages: lint, types, generated, unit (the default is all). Exits with 1 if one fails, or if a test was skipped that is not
-listed in ``tests/allowed_skips.txt`` (tests that need hardware).
+Stages: lint, types, generated, sanitizers, unit (the default is all). Exits with 1 if one fails, or if a test was skipped that
+is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
 """
 
 from __future__ import annotations
@@ -50,6 +50,22 @@ def generated() -> bool:
     return same
 
 
+def sanitizers() -> bool:
+    """The host's C under AddressSanitizer and UBSan, which must be silent, and speak up for a planted error."""
+    sources = ["tests/native/copy_check.c", "native/copy.c", "native/plan.c"]
+    flags = ["-g", "-O1", "-std=c11", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror", "-pthread", "-Inative"]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLMKV_STREAM_TOTAL=65536"]
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "copy_check")
+        if not run(os.environ.get("CC", "cc"), *flags, *checks, "-o", program, *sources) or not run(program, "1", "300"):
+            return False
+        planted = subprocess.run([program, "planted"], capture_output=True, text=True, check=False)
+    found = planted.returncode != 0 and "heap-buffer-overflow" in planted.stderr
+    if not found:
+        print("the sanitizer did not find the planted write beside a payload")
+    return found
+
+
 def unit() -> bool:
     """pytest on all of tests/, and no skip but the listed ones."""
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +85,13 @@ def unit() -> bool:
     return passed and not unexpected
 
 
-STAGES: dict[str, Callable[[], bool]] = {"lint": lint, "types": types, "generated": generated, "unit": unit}
+STAGES: dict[str, Callable[[], bool]] = {
+    "lint": lint,
+    "types": types,
+    "generated": generated,
+    "sanitizers": sanitizers,
+    "unit": unit,
+}
 
 
 def main() -> int:
