@@ -12,6 +12,11 @@ int64_t lmkv_refuse(char *why, size_t room, const char *form, ...) {
     return -1;
 }
 
+static const int64_t FAR = (int64_t)1 << 56; /* bytes: more than any address space has, and far from where 64 bits end */
+
+/* Whether n steps of a stride lead out of any memory; n is at least 1. */
+static int too_far(int64_t n, int64_t stride) { return stride > FAR / n || stride < -FAR / n; }
+
 static int64_t check_rows(const lmkv_plan *plan, char *why, size_t room) {
     for (int64_t r = 0; r < plan->n_rows; r++) {
         const lmkv_row *row = &plan->rows[r];
@@ -21,6 +26,11 @@ static int64_t check_rows(const lmkv_plan *plan, char *why, size_t room) {
                                (long long)r, (long long)row->blocks, (long long)row->block_tokens, (long long)row->heads,
                                (long long)row->run);
         if (row->offset < 0) return lmkv_refuse(why, room, "row %lld: expected an offset of at least 0; got %lld", (long long)r, (long long)row->offset);
+        if (too_far(row->blocks, row->block_stride) || too_far(row->block_tokens, row->token_stride) ||
+            too_far(row->heads, row->head_stride) || too_far(row->heads, row->run))
+            return lmkv_refuse(why, room, "row %lld: expected strides within 2^56 bytes; got %lld, %lld, %lld for blocks, tokens, heads of %lld bytes",
+                               (long long)r, (long long)row->block_stride, (long long)row->token_stride, (long long)row->head_stride,
+                               (long long)row->run);
         if (row->table < 0 || row->table >= plan->tables)
             return lmkv_refuse(why, room, "row %lld: expected a block table from 0 to %lld; got %lld", (long long)r,
                                (long long)plan->tables - 1, (long long)row->table);
@@ -29,12 +39,21 @@ static int64_t check_rows(const lmkv_plan *plan, char *why, size_t room) {
 }
 
 static int64_t check_parts(const lmkv_plan *plan, char *why, size_t room) {
+    int64_t ends = 1; /* bytes that a token takes in a payload */
+    for (int64_t r = 0; r < plan->n_rows; r++) {
+        const lmkv_row *row = &plan->rows[r];
+        if (row->offset > FAR) return lmkv_refuse(why, room, "row %lld: expected an offset within 2^56 bytes; got %lld", (long long)r, (long long)row->offset);
+        if (row->offset + row->heads * row->run > ends) ends = row->offset + row->heads * row->run;
+    }
     for (int64_t p = 0; p < plan->n_parts; p++) {
         const lmkv_part *part = &plan->parts[p];
         if (!part->payload) return lmkv_refuse(why, room, "part %lld: expected an address; got null", (long long)p);
         if (part->first < 0 || part->tokens < 0 || part->held < 0 || part->first > part->held - part->tokens)
             return lmkv_refuse(why, room, "part %lld: expected tokens within the %lld held; got %lld from %lld on", (long long)p,
                                (long long)part->held, (long long)part->tokens, (long long)part->first);
+        if (part->held && too_far(part->held, ends))
+            return lmkv_refuse(why, room, "part %lld: expected a payload within 2^56 bytes; got %lld tokens of %lld bytes", (long long)p,
+                               (long long)part->held, (long long)ends);
         if (part->at < 0 || part->at > plan->n_places - part->tokens)
             return lmkv_refuse(why, room, "part %lld: expected places within the %lld of a table; got %lld from %lld on", (long long)p,
                                (long long)plan->n_places, (long long)part->tokens, (long long)part->at);
@@ -72,6 +91,10 @@ int64_t lmkv_check(const lmkv_plan *plan, char *why, size_t room) {
     if (plan->n_rows < 0 || plan->n_parts < 0 || plan->n_places < 0 || plan->tables < 0)
         return lmkv_refuse(why, room, "expected counts of at least 0; got %lld rows, %lld parts, %lld places, %lld tables",
                            (long long)plan->n_rows, (long long)plan->n_parts, (long long)plan->n_places, (long long)plan->tables);
+    if ((plan->n_rows && !plan->rows) || (plan->n_parts && !plan->parts) || (plan->n_places && plan->tables && !plan->places))
+        return lmkv_refuse(why, room, "expected addresses of rows, parts and places; got null");
+    if (plan->tables && plan->n_places > FAR / plan->tables)
+        return lmkv_refuse(why, room, "expected places within 2^56; got %lld tables of %lld", (long long)plan->tables, (long long)plan->n_places);
     if (check_rows(plan, why, room) < 0 || check_parts(plan, why, room) < 0) return -1;
     for (int64_t table = 0; table < plan->tables; table++) {
         int64_t bytes = check_table(plan, table, why, room);
