@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["INTERFACE", "ffi", "lib"]
 
 #: The version of ``lmkv.h`` that this package was written for.
-INTERFACE = 2
+INTERFACE = 3
 
 ffi: Any = None
 lib: Any = None

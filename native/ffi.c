@@ -588,7 +588,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 
 static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(char *, size_t)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 89), // char *
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // char *
 /*  2 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(int, char *, size_t, char *, size_t)
@@ -599,14 +599,14 @@ static void *_cffi_types[] = {
 /*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 11 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, char const *, char *, size_t)
-/* 12 */ _CFFI_OP(_CFFI_OP_POINTER, 91), // lmkv_gpu *
-/* 13 */ _CFFI_OP(_CFFI_OP_POINTER, 89), // char const *
+/* 12 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // lmkv_gpu *
+/* 13 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // char const *
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 15 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, lmkv_gpu_options const *, char *, size_t)
 /* 18 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
-/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 93), // lmkv_gpu_options const *
+/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 100), // lmkv_gpu_options const *
 /* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 21 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -629,7 +629,7 @@ static void *_cffi_types[] = {
 /* 39 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu_copy *, char *, size_t)
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 92), // lmkv_gpu_copy *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 99), // lmkv_gpu_copy *
 /* 43 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 44 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -643,7 +643,7 @@ static void *_cffi_types[] = {
 /* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(void)
 /* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // int64_t()(lmkv_plan const *, char *, size_t)
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // lmkv_plan const *
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // lmkv_plan const *
 /* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -654,43 +654,51 @@ static void *_cffi_types[] = {
 /* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 12), // lmkv_gpu *()(int, void const *, char *, size_t)
-/* 68 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // void const *
-/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 71 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // lmkv_gpu_copy *()(lmkv_gpu *, lmkv_plan const *, int, int64_t const *, int64_t, uint64_t, char *, size_t)
-/* 74 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
-/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
-/* 76 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 48), // int64_t const *
-/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
-/* 79 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
-/* 81 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 101), // unsigned char const *()(size_t *)
-/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 2), // size_t *
-/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 103), // void()(lmkv_gpu_copy *)
-/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 90 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 91 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // lmkv_gpu
-/* 92 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // lmkv_gpu_copy
-/* 93 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_gpu_options
-/* 94 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // lmkv_part const *
-/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_part
-/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 97), // lmkv_place const *
-/* 97 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_place
-/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_plan
-/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 100), // lmkv_row const *
-/* 100 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // lmkv_row
-/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // unsigned char const *
-/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 4), // unsigned char
-/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // int64_t()(uint32_t const *, int64_t, int64_t, uint64_t, uint64_t *)
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // uint32_t const *
+/* 69 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
+/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
+/* 71 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 25), // uint64_t *
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 12), // lmkv_gpu *()(int, void const *, char *, size_t)
+/* 75 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // void const *
+/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 42), // lmkv_gpu_copy *()(lmkv_gpu *, lmkv_plan const *, int, int64_t const *, int64_t, uint64_t, char *, size_t)
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
+/* 82 */ _CFFI_OP(_CFFI_OP_NOOP, 56),
+/* 83 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
+/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 48), // int64_t const *
+/* 85 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
+/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
+/* 88 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 109), // unsigned char const *()(size_t *)
+/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 2), // size_t *
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // void()(lmkv_gpu_copy *)
+/* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // lmkv_gpu
+/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // lmkv_gpu_copy
+/* 100 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_gpu_options
+/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // lmkv_part const *
+/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_part
+/* 103 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // lmkv_place const *
+/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_place
+/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_plan
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // lmkv_row const *
+/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // lmkv_row
+/* 108 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // unsigned char const *
+/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 4), // unsigned char
+/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -1120,10 +1128,10 @@ _cffi_f_lmkv_gpu_image(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg0, (char **)&x0);
+      _cffi_type(91), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (size_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(91), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1135,7 +1143,7 @@ _cffi_f_lmkv_gpu_image(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(101));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(109));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1172,10 +1180,10 @@ _cffi_f_lmkv_gpu_open(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(76), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (void const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(76), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1459,10 +1467,10 @@ _cffi_f_lmkv_gpu_start(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(77), arg3, (char **)&x3);
+      _cffi_type(84), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (int64_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(77), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(84), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1794,24 +1802,96 @@ _cffi_f_lmkv_version(PyObject *self, PyObject *noarg)
 #  define _cffi_f_lmkv_version _cffi_d_lmkv_version
 #endif
 
+static int64_t _cffi_d_lmkv_windows(uint32_t const * x0, int64_t x1, int64_t x2, uint64_t x3, uint64_t * x4)
+{
+  return lmkv_windows(x0, x1, x2, x3, x4);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_windows(PyObject *self, PyObject *args)
+{
+  uint32_t const * x0;
+  int64_t x1;
+  int64_t x2;
+  uint64_t x3;
+  uint64_t * x4;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int64_t result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+  PyObject *arg3;
+  PyObject *arg4;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_windows", 5, 5, &arg0, &arg1, &arg2, &arg3, &arg4))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(68), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (uint32_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(68), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, int64_t);
+  if (x1 == (int64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, int64_t);
+  if (x2 == (int64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x3 = _cffi_to_c_int(arg3, uint64_t);
+  if (x3 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(72), arg4, (char **)&x4);
+  if (datasize != 0) {
+    x4 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(72), arg4, (char **)&x4,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = lmkv_windows(x0, x1, x2, x3, x4); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_lmkv_windows _cffi_d_lmkv_windows
+#endif
+
 static const struct _cffi_global_s _cffi_globals[] = {
   { "lmkv_check", (void *)_cffi_f_lmkv_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 55), (void *)_cffi_d_lmkv_check },
   { "lmkv_gpu_architecture", (void *)_cffi_f_lmkv_gpu_architecture, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 4), (void *)_cffi_d_lmkv_gpu_architecture },
   { "lmkv_gpu_count", (void *)_cffi_f_lmkv_gpu_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_lmkv_gpu_count },
   { "lmkv_gpu_done", (void *)_cffi_f_lmkv_gpu_done, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_lmkv_gpu_done },
   { "lmkv_gpu_fact", (void *)_cffi_f_lmkv_gpu_fact, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 11), (void *)_cffi_d_lmkv_gpu_fact },
-  { "lmkv_gpu_forget", (void *)_cffi_f_lmkv_gpu_forget, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_lmkv_gpu_forget },
-  { "lmkv_gpu_image", (void *)_cffi_f_lmkv_gpu_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 83), (void *)_cffi_d_lmkv_gpu_image },
-  { "lmkv_gpu_open", (void *)_cffi_f_lmkv_gpu_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_lmkv_gpu_open },
+  { "lmkv_gpu_forget", (void *)_cffi_f_lmkv_gpu_forget, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 93), (void *)_cffi_d_lmkv_gpu_forget },
+  { "lmkv_gpu_image", (void *)_cffi_f_lmkv_gpu_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 90), (void *)_cffi_d_lmkv_gpu_image },
+  { "lmkv_gpu_open", (void *)_cffi_f_lmkv_gpu_open, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 74), (void *)_cffi_d_lmkv_gpu_open },
   { "lmkv_gpu_order", (void *)_cffi_f_lmkv_gpu_order, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 46), (void *)_cffi_d_lmkv_gpu_order },
   { "lmkv_gpu_pin", (void *)_cffi_f_lmkv_gpu_pin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 34), (void *)_cffi_d_lmkv_gpu_pin },
   { "lmkv_gpu_pinned", (void *)_cffi_f_lmkv_gpu_pinned, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_lmkv_gpu_pinned },
-  { "lmkv_gpu_start", (void *)_cffi_f_lmkv_gpu_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 73), (void *)_cffi_d_lmkv_gpu_start },
+  { "lmkv_gpu_start", (void *)_cffi_f_lmkv_gpu_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_lmkv_gpu_start },
   { "lmkv_gpu_tune", (void *)_cffi_f_lmkv_gpu_tune, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 17), (void *)_cffi_d_lmkv_gpu_tune },
   { "lmkv_gpu_unpin", (void *)_cffi_f_lmkv_gpu_unpin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 23), (void *)_cffi_d_lmkv_gpu_unpin },
   { "lmkv_gpu_wait", (void *)_cffi_f_lmkv_gpu_wait, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_lmkv_gpu_wait },
   { "lmkv_host_copy", (void *)_cffi_f_lmkv_host_copy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 60), (void *)_cffi_d_lmkv_host_copy },
   { "lmkv_version", (void *)_cffi_f_lmkv_version, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_N, 53), (void *)_cffi_d_lmkv_version },
+  { "lmkv_windows", (void *)_cffi_f_lmkv_windows, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_lmkv_windows },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
@@ -1847,25 +1927,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "block", offsetof(lmkv_place, block),
              sizeof(((lmkv_place *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 90) },
+             _CFFI_OP(_CFFI_OP_NOOP, 97) },
   { "index", offsetof(lmkv_place, index),
              sizeof(((lmkv_place *)0)->index),
-             _CFFI_OP(_CFFI_OP_NOOP, 90) },
+             _CFFI_OP(_CFFI_OP_NOOP, 97) },
   { "rows", offsetof(lmkv_plan, rows),
             sizeof(((lmkv_plan *)0)->rows),
-            _CFFI_OP(_CFFI_OP_NOOP, 99) },
+            _CFFI_OP(_CFFI_OP_NOOP, 106) },
   { "n_rows", offsetof(lmkv_plan, n_rows),
               sizeof(((lmkv_plan *)0)->n_rows),
               _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "parts", offsetof(lmkv_plan, parts),
              sizeof(((lmkv_plan *)0)->parts),
-             _CFFI_OP(_CFFI_OP_NOOP, 94) },
+             _CFFI_OP(_CFFI_OP_NOOP, 101) },
   { "n_parts", offsetof(lmkv_plan, n_parts),
                sizeof(((lmkv_plan *)0)->n_parts),
                _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "places", offsetof(lmkv_plan, places),
               sizeof(((lmkv_plan *)0)->places),
-              _CFFI_OP(_CFFI_OP_NOOP, 96) },
+              _CFFI_OP(_CFFI_OP_NOOP, 103) },
   { "n_places", offsetof(lmkv_plan, n_places),
                 sizeof(((lmkv_plan *)0)->n_places),
                 _CFFI_OP(_CFFI_OP_NOOP, 48) },
@@ -1905,30 +1985,30 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$lmkv_gpu_options", 93, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_gpu_options", 100, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_gpu_options), offsetof(struct _cffi_align_typedef_lmkv_gpu_options, y), 0, 5 },
-  { "$lmkv_part", 95, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_part", 102, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 5, 5 },
-  { "$lmkv_place", 97, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_place", 104, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 10, 2 },
-  { "$lmkv_plan", 98, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_plan", 105, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 12, 7 },
-  { "$lmkv_row", 100, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_row", 107, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 19, 10 },
-  { "lmkv_gpu", 91, _CFFI_F_OPAQUE,
+  { "lmkv_gpu", 98, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "lmkv_gpu_copy", 92, _CFFI_F_OPAQUE,
+  { "lmkv_gpu_copy", 99, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "lmkv_gpu", 91 },
-  { "lmkv_gpu_copy", 92 },
-  { "lmkv_gpu_options", 93 },
-  { "lmkv_part", 95 },
-  { "lmkv_place", 97 },
-  { "lmkv_plan", 98 },
-  { "lmkv_row", 100 },
+  { "lmkv_gpu", 98 },
+  { "lmkv_gpu_copy", 99 },
+  { "lmkv_gpu_options", 100 },
+  { "lmkv_part", 102 },
+  { "lmkv_place", 104 },
+  { "lmkv_plan", 105 },
+  { "lmkv_row", 107 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -1938,12 +2018,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   NULL,  /* no enums */
   _cffi_typenames,
-  17,  /* num_globals */
+  18,  /* num_globals */
   7,  /* num_struct_unions */
   0,  /* num_enums */
   7,  /* num_typenames */
   NULL,  /* no includes */
-  104,  /* num_types */
+  112,  /* num_types */
   0,  /* flags */
 };
 

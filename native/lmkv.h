@@ -116,3 +116,9 @@ int lmkv_gpu_order(lmkv_gpu_copy *copy, int64_t row, uint64_t stream, char *why,
 
 /* Wait until a copy is done and give back what it used; the pointer is dead afterwards. Null is allowed. */
 void lmkv_gpu_forget(lmkv_gpu_copy *copy);
+
+/* -- Scanning -- */
+
+/* Fingerprints (docs/format.md, "Content fingerprint") of all windows of `width` tokens; returns how many: n - width + 1, or 0 if the
+ * text is shorter than one. `prints` has room for them. */
+int64_t lmkv_windows(const uint32_t *tokens, int64_t n, int64_t width, uint64_t seed, uint64_t *prints);

@@ -104,4 +104,4 @@ int64_t lmkv_check(const lmkv_plan *plan, char *why, size_t room) {
     return total;
 }
 
-int lmkv_version(void) { return 2; }
+int lmkv_version(void) { return 3; }

@@ -52,7 +52,7 @@ def generated() -> bool:
 
 def sanitizers() -> bool:
     """The host's C under AddressSanitizer and UBSan, which must be silent, and speak up for a planted error."""
-    sources = ["tests/native/copy_check.c", "native/copy.c", "native/plan.c"]
+    sources = ["tests/native/copy_check.c", "native/copy.c", "native/plan.c", "native/scan.c"]
     flags = ["-g", "-O1", "-std=c11", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Werror", "-pthread", "-Inative"]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DLMKV_STREAM_TOTAL=65536"]
     with tempfile.TemporaryDirectory() as folder:

@@ -4,19 +4,27 @@ Every window of W tokens of the prompt (W = tokens of a full chunk) gets a rolli
 
     f(t_0 … t_{W-1}) = ((sum of m(t_j) * B^(W-1-j)) mod 2^64 >> 4)  xor  seed,        m(t) = (t + 1) * A mod 2^64
 
-(Karp and Rabin 1987, with multiplicative mixing of the tokens), all windows at once by prefix sums over B^-j. A counting filter
-screens them, a table finds the chunk, and the tokens themselves prove the hit, so that a fingerprint can only cost time.
+(Karp and Rabin 1987, with multiplicative mixing of the tokens): all windows at once, one step each by ``native/scan.c``, or by
+prefix sums over B^-j where there was no compiler. A counting filter screens them, a table finds the chunk, and the tokens
+themselves prove the hit, so that a fingerprint can only cost time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["ContentIndex", "chunk_fingerprints", "root_seed", "window_fingerprints"]
+
+_native: Any = None
+with contextlib.suppress(ModuleNotFoundError):  # a source tree that was not installed: lmkv.transfer says so
+    _native = importlib.import_module("lmkv._native")
 
 #: Bits of a fingerprint; with four fewer than 64, and without the weakest, Python keeps one in 32 bytes.
 _BITS = 60
@@ -49,6 +57,16 @@ def window_fingerprints(tokens: npt.NDArray[np.uint32], width: int, seed: int) -
     n = len(tokens)
     if n < width:
         return np.empty(0, dtype=np.uint64)
+    if _native is None or _native.lib is None or not tokens.dtype.isnative:
+        return _by_prefix_sums(tokens, width, seed)
+    ffi, tokens, prints = _native.ffi, np.ascontiguousarray(tokens), np.empty(n - width + 1, dtype=np.uint64)
+    source, target = ffi.cast("uint32_t *", tokens.ctypes.data), ffi.cast("uint64_t *", prints.ctypes.data)
+    _native.lib.lmkv_windows(source, n, width, seed, target)
+    return prints
+
+
+def _by_prefix_sums(tokens: npt.NDArray[np.uint32], width: int, seed: int) -> U64:
+    n = len(tokens)
     sums = np.zeros(n + 1, dtype=np.uint64)
     np.cumsum(_mixed(tokens) * _powers(_B_INVERSE, n), out=sums[1:])
     windows = sums[width:] - sums[:-width]

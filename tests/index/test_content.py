@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmkv.index.content import ContentIndex, chunk_fingerprints, root_seed, window_fingerprints
+
+native: Any = importlib.import_module("lmkv._native")
+
+
+@pytest.fixture(params=["compiled", "numpy"], autouse=True, scope="module")
+def scanner(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the compiled part, and as where there was no compiler."""
+    if request.param == "compiled" and native.lib is None:
+        pytest.skip("the compiled part was not built")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(native, "lib", None)
+        yield str(request.param)
+
 
 A, B = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
 TOKENS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1)), min_size=1, max_size=60)
@@ -34,8 +52,19 @@ def test_long_texts(width: int) -> None:
     tokens = np.random.default_rng(3).integers(0, 2**32, 20000, dtype=np.uint32)
     windows = window_fingerprints(tokens, width, 7)
     assert len(windows) == 20000 - width + 1
-    for i in (0, 1, 777, len(windows) - 1):
+    for i in (0, 1, 777, 4999, 5000, 9937, len(windows) - 1):
         assert int(windows[i]) == slow(tokens[i : i + width].tolist(), 7)
+
+
+@pytest.mark.parametrize("n", [5, 20, 21, 22, 23, 24, 25, 39, 40])
+def test_every_window_of_texts_that_are_cut_into_stretches(n: int) -> None:
+    tokens = np.random.default_rng(n).integers(0, 2**32, n, dtype=np.uint32)
+    for width in (1, 2, 4, 5):
+        wanted = [slow(tokens[i : i + width].tolist(), 3) for i in range(n - width + 1)]
+        assert window_fingerprints(tokens, width, 3).tolist() == wanted
+        assert window_fingerprints(tokens[::-1][::-1], width, 3).tolist() == wanted
+        assert window_fingerprints(tokens.astype(">u4"), width, 3).tolist() == wanted
+        assert window_fingerprints(np.repeat(tokens, 2)[::2], width, 3).tolist() == wanted
 
 
 def test_seeds_are_the_namespaces_own() -> None:

@@ -1,4 +1,4 @@
-/* Host copies over random plans, for the sanitizers: `copy_check [SEED [PLANS]]`. Every buffer is as long as it must be and no
+/* Host copies over random plans, and fingerprints of random texts, for the sanitizers: `copy_check [SEED [PLANS]]`. Every buffer is as long as it must be and no
  * longer, so that a byte beside it is an error of its own; what is inside is compared with a copy made token by token.
  * `copy_check planted` takes a payload that is one byte short, which must be found. */
 #include "plan.h"
@@ -208,6 +208,26 @@ static void drop(world *w) {
     free(w->places);
 }
 
+/* Fingerprints by the letter of docs/format.md. */
+static int check_windows(void) {
+    int64_t n = 1 + below(300), width = 1 + below(below(2) ? 20 : 80), windows = n < width ? 0 : n - width + 1, same = 1;
+    uint64_t seed = (uint64_t)below(1 << 30);
+    uint32_t *tokens = malloc((size_t)n * sizeof *tokens);
+    uint64_t *prints = malloc((size_t)windows * sizeof *prints + !windows);
+    if (!tokens || !prints) abort();
+    for (int64_t i = 0; i < n; i++) tokens[i] = (uint32_t)below(below(2) ? 3 : (int64_t)1 << 31) * 2u;
+    same = lmkv_windows(tokens, n, width, seed, prints) == windows;
+    for (int64_t i = 0; i < windows; i++) {
+        uint64_t sum = 0;
+        for (int64_t j = 0; j < width; j++) sum = sum * 0xD1342543DE82EF95u + ((uint64_t)tokens[i + j] + 1) * 0x9E3779B97F4A7C15u;
+        same = same && prints[i] == (sum >> 4 ^ seed);
+    }
+    free(tokens);
+    free(prints);
+    if (!same) fprintf(stderr, "other fingerprints than expected: %lld tokens, width %lld\n", (long long)n, (long long)width);
+    return same;
+}
+
 int main(int argc, char **argv) {
     int planted = argc > 1 && !strcmp(argv[1], "planted");
     uint64_t seed = argc > 1 && !planted ? strtoull(argv[1], NULL, 10) : 1;
@@ -218,7 +238,7 @@ int main(int argc, char **argv) {
         for (int warm = 0; warm < 8; warm++) below(2);
         make(&w, planted);
         int into_payloads = planted || below(2);
-        if (!check(&w, into_payloads, (int)(below(4) ? 1 : 2 + below(3)))) {
+        if (!check(&w, into_payloads, (int)(below(4) ? 1 : 2 + below(3))) || !check_windows()) {
             fprintf(stderr, "plan %lld of seed %llu\n", (long long)i, (unsigned long long)seed);
             return 1;
         }
