@@ -18,7 +18,6 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +54,29 @@ class _Slab:
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         self._closed = False
+        self._touch_lock = threading.Lock()
+        self._touched: dict[int, threading.Event] = {}  # by extent; set once it was
 
     def extents(self) -> list[tuple[int, int]]:
         """Address and size in bytes of the extents that are mapped now, in order."""
         return [(_address(view), len(view)) for view in list(self._views)]
+
+    def touch(self, number: int) -> None:
+        """Have the system back an extent with pages; returns once that is done, by whoever began it first."""
+        with self._touch_lock:
+            done = self._touched.get(number)
+            mine = done is None
+            if done is None:
+                done = self._touched[number] = threading.Event()
+        if mine:
+            try:
+                view = self._views[number]
+                populate([(_address(view), len(view))])
+            except IndexError:
+                pass  # closed meanwhile
+            finally:
+                done.set()
+        done.wait()
 
     def complete(self) -> bool:
         """Whether no more extents will come."""
@@ -177,23 +195,20 @@ class HostPool(_Slab):
         taken.reverse()
         return taken
 
-    def grow_ahead(self, size: int) -> list[tuple[int, int]]:
-        """Grow until ``size`` bytes of slots are free; returns what :func:`populate` takes.
+    def grow_ahead(self, size: int) -> range:
+        """Grow until ``size`` bytes of slots are free; returns the numbers of the new extents, for :meth:`touch`.
 
         Raises:
             CapacityError: the operating system gives no more memory.
         """
-        grown: list[tuple[int, int]] = []
-        before = len(self._free)
+        first, before = len(self._views), len(self._free)
         while self.free_bytes < size and len(self._used) < self.slots and not self._closed:
             self._grow()
-            view = self._views[-1]
-            grown.append((_address(view), len(view)))
         fresh = self._free[before:]  # not ready yet, so they are taken last
         del self._free[before:]
         fresh.sort(reverse=True)
         self._free[:0] = fresh
-        return grown
+        return range(first, len(self._views))
 
     def release(self, slots: Sequence[int]) -> None:
         """Give slots back.
@@ -261,27 +276,18 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
-def populate(ranges: Sequence[tuple[int, int]], threads: int = 1) -> None:
+def populate(ranges: Sequence[tuple[int, int]]) -> None:
     """Have the system back memory with pages now, without changing what is in it. Best effort; releases the interpreter lock.
 
     Args:
         ranges: address and size in bytes of mapped memory.
-        threads: how many share the ranges; fresh pages come at about 1 GB/s a thread.
     """
     if not sys.platform.startswith("linux"):
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-    def touch(span: tuple[int, int]) -> None:
-        madvise(*span, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then
-
-    if threads < 2 or len(ranges) < 2:
-        for span in ranges:
-            touch(span)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="lmkv-prepare") as pool:
-        list(pool.map(touch, ranges))
+    for address, size in ranges:
+        madvise(address, size, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then
 
 
 def _prefer_node(address: int, size: int, node: int) -> None:

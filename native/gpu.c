@@ -79,8 +79,10 @@ static int make_streams(lmkv_gpu *gpu, char *why, size_t room) {
     if (gpu_failed(gpu->driver->priority_range(&least, &greatest), "asking for priorities", why, room)) return -1;
     for (int into = 0; into < 2; into++) {
         for (int i = 0; i < STREAMS; i++) {
-            /* kernels are short and few: they go first when multiprocessors come free */
-            gpu_status status = gpu->driver->stream_create(&gpu->rings[into].streams[i], GPU_STREAM_NON_BLOCKING, greatest);
+            /* Somebody waits for a load: its kernels, short and few, go first when multiprocessors come free. Nobody waits for a
+             * store: its kernels take what is left. */
+            gpu_status status =
+                gpu->driver->stream_create(&gpu->rings[into].streams[i], GPU_STREAM_NON_BLOCKING, into ? least : greatest);
             if (gpu_failed(status, "making a stream", why, room)) return -1;
         }
     }

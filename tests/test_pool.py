@@ -267,15 +267,25 @@ def test_growing_ahead_makes_slots_free_and_changes_no_byte() -> None:
     pool = HostPool(5000, 100, extent_bytes=64 * 1024)
     (slot,) = pool.allocate(1)
     pool.view(slot)[:] = b"\x5a" * pool.slot_bytes
-    ranges = pool.grow_ahead(300 * 1024)
+    fresh = pool.grow_ahead(300 * 1024)
     assert pool.free_bytes >= 300 * 1024
+    ranges = [pool.extents()[number] for number in fresh]
     assert all(size == pool.extent_bytes for _, size in ranges)
+    for number in fresh:
+        pool.touch(number)
+        pool.touch(number)  # done already
     populate(ranges)
     assert bytes(pool.view(slot)) == b"\x5a" * pool.slot_bytes
-    assert pool.grow_ahead(300 * 1024) == []
+    assert not pool.grow_ahead(300 * 1024)
+    slots_per_extent = pool.extent_bytes // pool.slot_bytes
+    taken = pool.allocate(slots_per_extent)
+    assert taken is not None
+    assert max(taken) < 2 * slots_per_extent, "what was made ready first is not given out first"
+    pool.release(taken)
     pool._check()
     assert len(pool.grow_ahead(2**40)) > 0
     assert pool.available == 99  # never more than the pool's limit
     pool._check()
     pool.close()
     populate(ranges)  # gone meanwhile: nothing happens
+    pool.touch(50)

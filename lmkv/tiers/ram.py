@@ -7,6 +7,7 @@ import os
 import threading
 from array import array
 from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..eviction.chain import ChainAware
 from ..index import ContentIndex, Node, PrefixIndex
 from ..index.content import chunk_fingerprints, root_seed
 from ..layout import KVLayout
-from ..pool import HostPool, populate
+from ..pool import HostPool
 from ..record import payload_offset
 from .stats import TierStats
 
@@ -117,10 +118,12 @@ class RamTier:
             grown = self.pool.grow_ahead(self._ahead)
             if grown:
                 self._preparing = True
-                threading.Thread(target=self._populate, args=(grown,), name="lmkv-prepare", daemon=True).start()
+                threading.Thread(target=self._touch, args=(grown,), name="lmkv-prepare", daemon=True).start()
 
-    def _populate(self, grown: list[tuple[int, int]]) -> None:
-        populate(grown, min(8, (os.cpu_count() or 2) // 2))
+    def _touch(self, extents: range) -> None:
+        threads = max(1, min(8, (os.cpu_count() or 2) // 2, len(extents)))  # fresh pages come at about 1 GB/s a thread
+        with ThreadPoolExecutor(threads, thread_name_prefix="lmkv-prepare") as pool:
+            list(pool.map(self.pool.touch, extents))
         self._preparing = False
 
     def make_room(self, n: int, protected: Container[ChunkKey]) -> int:

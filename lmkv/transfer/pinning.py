@@ -16,14 +16,15 @@ from typing import Protocol
 
 from ..errors import NativeError
 from ..events import Emitter
-from ..pool import populate
 from .gpu import Gpu
 from .rows import Row, device_of
 
 __all__ = ["Pinner", "Pins"]
 
-#: The most that is pinned by one call: large enough to be quick, small enough for any driver.
-_MOST = 1 << 30
+#: What one call pins: the driver serves nobody else meanwhile, so a copy may have to wait for as long as that takes.
+_MOST = 64 << 20
+#: Seconds that a store's first copy has the machine to itself.
+_DELAY = 0.1
 _SHORTEST, _LONGEST = 0.002, 0.25  # seconds between looks at a pool that still grows
 
 
@@ -34,6 +35,8 @@ class Extents(Protocol):
 
     def extents(self) -> list[tuple[int, int]]: ...
 
+    def touch(self, number: int) -> None: ...
+
     def complete(self) -> bool: ...
 
 
@@ -43,16 +46,20 @@ class Pinner:
     Args:
         pool: a :class:`lmkv.pool.HostPool`, or a :class:`lmkv.pool.MappedPool` of another process's.
         gpu: the device.
-        threads: how many pin at once; by default one for every two processors, at most eight.
+        threads: how many make memory ready; by default one for every two processors, at most eight.
+        delay: seconds before it begins, so that who has just started comes first.
         emit: told ``unpinned`` of an extent that the driver refuses to pin.
     """
 
-    def __init__(self, pool: Extents, gpu: Gpu, *, threads: int | None = None, emit: Emitter | None = None) -> None:
+    def __init__(
+        self, pool: Extents, gpu: Gpu, *, threads: int | None = None, delay: float = 0.0, emit: Emitter | None = None
+    ) -> None:
         self._pool = pool
         self._gpu = gpu
         self._threads = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
         self._emit = Emitter(None) if emit is None else emit
         self._pinned: list[int] = []
+        self._delay = delay
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._done = 0  # extents
@@ -79,12 +86,13 @@ class Pinner:
 
     def _run(self) -> None:
         pause = _SHORTEST
+        self._stop.wait(self._delay)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="lmkv-pin") as threads:
             while not self._stop.is_set():
                 extents = self._pool.extents()
-                fresh = extents[self._done :]
-                if fresh:
-                    list(threads.map(self._pin, self._spans(fresh)))
+                if len(extents) > self._done:
+                    numbers = range(self._done, len(extents))
+                    list(threads.map(self._pin, numbers, extents[self._done :]))
                     self._done = len(extents)
                     pause = _SHORTEST
                     continue
@@ -94,22 +102,23 @@ class Pinner:
                 self._stop.wait(pause)
                 pause = min(2 * pause, _LONGEST)
 
-    def _spans(self, extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The extents, in pieces of whole slots: a slot that lies in two pinned ranges could not be copied at once."""
-        most = max(1, _MOST // self._pool.slot_bytes) * self._pool.slot_bytes
-        return [(address + i, min(most, size - i)) for address, size in extents for i in range(0, size, most)]
-
-    def _pin(self, span: tuple[int, int]) -> None:
+    def _pin(self, number: int, extent: tuple[int, int]) -> None:
+        """Pin an extent in pieces of whole slots: a slot that lies in two pinned ranges could not be copied at once."""
         if self._stop.is_set():
             return
-        try:
-            populate([span])
-            self._gpu.pin(*span)
-        except NativeError as error:
-            self._emit("unpinned", "ram", bytes=span[1], reason=str(error))
-            return
-        with self._lock:
-            self._pinned.append(span[0])
+        self._pool.touch(number)
+        address, size = extent
+        most = max(1, _MOST // self._pool.slot_bytes) * self._pool.slot_bytes
+        for at in range(0, size, most):
+            if self._stop.is_set():
+                return
+            try:
+                with self._lock:
+                    self._gpu.pin(address + at, min(most, size - at))
+                    self._pinned.append(address + at)
+            except NativeError as error:
+                self._emit("unpinned", "ram", bytes=size - at, reason=str(error))
+                return
 
 
 class Pins:
@@ -135,7 +144,7 @@ class Pins:
             return
         with self._lock:
             if device not in self._pinners and not self._closed:
-                self._pinners[device] = Pinner(self._pool, Gpu.of(device), emit=self._emit)
+                self._pinners[device] = Pinner(self._pool, Gpu.of(device), delay=_DELAY, emit=self._emit)
 
     def close(self) -> None:
         """Unpin everything, as :meth:`Pinner.close`."""

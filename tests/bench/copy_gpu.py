@@ -203,7 +203,6 @@ def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Itera
 
     def products(until: Callable[[], bool], least: int) -> tuple[float, float]:
         """Seconds a product, and in all."""
-        torch.cuda.synchronize()
         begun, made = time.perf_counter(), 0
         while made < least or not until():
             for _ in range(4):
@@ -218,6 +217,7 @@ def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Itera
         ratios, rates = [], []
         for _ in range(5):
             before = products(lambda: True, 60)[0]
+            torch.cuda.synchronize()
             copies = [move(slots.parts, [table], stream=beside) for _ in range(4)]
             during, spent = products(lambda copies=copies: copies[-1].done(), 4)
             after = products(lambda: True, 60)[0]
