@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from array import array
 from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,10 @@ from ..record import payload_offset
 from .stats import TierStats
 
 __all__ = ["NewChunk", "RamTier"]
+
+
+#: Extents that are made ready at once, and seconds by which more of them are put off.
+_MANY, _HEAD_START = 4, 0.1
 
 
 @dataclass(slots=True)
@@ -121,6 +126,8 @@ class RamTier:
                 threading.Thread(target=self._touch, args=(grown,), name="lmkv-prepare", daemon=True).start()
 
     def _touch(self, extents: range) -> None:
+        if len(extents) > _MANY:  # whoever needs slots right now should not have to share the memory with all this
+            time.sleep(_HEAD_START)
         threads = max(1, min(8, (os.cpu_count() or 2) // 2, len(extents)))  # fresh pages come at about 1 GB/s a thread
         with ThreadPoolExecutor(threads, thread_name_prefix="lmkv-prepare") as pool:
             list(pool.map(self.pool.touch, extents))
