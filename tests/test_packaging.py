@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -31,17 +30,35 @@ def build(source: Path, folder: Path, **environment: str) -> Path:
     return next(folder.glob("lmkv-*.whl"))
 
 
-def imported(wheel: Path, folder: Path) -> str:
-    """What an isolated interpreter finds in the unpacked wheel; -S leaves out this tree's own, editable install."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    code = (
-        f"import sys; sys.path[:0] = [{str(folder)!r}, {sysconfig.get_path('purelib')!r}]; "
-        "import lmkv, lmkv._native, lmkv.adapters; print(lmkv.__file__, lmkv._native.lib is not None)"
+AT_WORK = """
+import numpy as np, lmkv, lmkv._native, lmkv.adapters
+layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=64, dtype="float16", chunk_tokens=16)
+kv, out = np.random.rand(2, 2, 2, 40, 64).astype("float16"), np.zeros((2, 2, 2, 40, 64), "float16")
+with lmkv.Store(lmkv.StoreConfig(model="m", ram_capacity="4MiB", disk_capacity=0), layout) as store:
+    assert store.store(range(40), kv) == 40
+    with store.lease(store.lookup(range(40))) as lease:
+        assert store.retrieve(lease, out) == 40
+assert (kv == out).all()
+print(lmkv.__file__, lmkv._native.lib is not None)
+"""
+
+
+def at_work(wheel: Path, folder: Path) -> str:
+    """Whether the compiled part is there, once a store has worked in a fresh environment with nothing on ``PATH``."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run(command, check=True, timeout=300)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    dependencies = [
+        path for path in sys.path if path.endswith("-packages")
+    ]  # their own .pth files are not read: no editable lmkv
+    (packages / "dependencies.pth").write_text("\n".join(dependencies))
+    done = subprocess.run(
+        [str(python), "-I", "-c", AT_WORK], capture_output=True, text=True, check=True, cwd=folder, env={"PATH": str(folder)}
     )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     path, built = done.stdout.split()
-    assert path.startswith(str(folder))
+    assert path.startswith(str(packages))
     return built
 
 
@@ -52,13 +69,13 @@ def test_wheel_carries_the_mapped_packages_and_one_abi3_extension(source: Path, 
         assert name in names
     assert [name for name in names if name.endswith(".so")] == ["lmkv/_native/_ffi.abi3.so"]
     assert any(name.endswith("licenses/docs/LICENSE") for name in names)
-    assert imported(wheel, tmp_path / "unpacked") == "True"
+    assert at_work(wheel, tmp_path / "fresh") == "True"
 
 
 def test_without_a_compiler_it_installs_and_copies_with_numpy(source: Path, tmp_path: Path) -> None:
     wheel = build(source, tmp_path / "wheels", CC="/nonexistent/cc")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-    assert imported(wheel, tmp_path / "unpacked") == "False"
+    assert at_work(wheel, tmp_path / "fresh") == "False"
 
 
 def test_every_package_of_the_tree_is_installed() -> None:
