@@ -1,4 +1,4 @@
-"""The rows of ``copy.py`` that need a GPU: what the wire gives, and what copies of KV reach of it. Real bytes, checked."""
+"""The rows of ``copies.py`` that need a GPU: what the wire gives, and what copies of KV reach of it. Real bytes, checked."""
 
 from __future__ import annotations
 
