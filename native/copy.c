@@ -1,7 +1,7 @@
 /* Host copies. What they cost is the memory's time, and that depends on order. Measured on a Xeon (Sapphire Rapids) with 300 MB and
  * runs of 256 bytes, one large memcpy = 1: memcpy of each run 0.4 to 0.57, since that reads every line that it is about to
  * overwrite; streaming stores, one place after the other, 0.69 to 0.77; streaming stores while what comes next is fetched from
- * eight places in turn, 4 KiB apart, 0.95 to 1.05. So a copy is cut into tiles of 32 KiB: atoms (short runs of bytes, the same for
+ * eight places in turn, 4 KiB apart, 0.95 to 1.05. So a copy is cut into tiles of 64 KiB: atoms (short runs of bytes, the same for
  * all heads) times columns (heads). A tile is written in an order of its own while the next one's sources are fetched in theirs. */
 #include "plan.h"
 
@@ -24,11 +24,11 @@
 enum {
     LINE = 64,
     STEP = 256,       /* bytes copied at one place before going to the next */
-    TILE = 32 << 10,  /* bytes of a tile: sources are fetched that far ahead */
+    TILE = 64 << 10,  /* bytes of a tile, about: sources are fetched that far ahead */
     PLACES = 8,       /* in turn */
     ELEMENTS = 512,   /* most atoms times columns of a tile */
     COLUMNS = 64,     /* most of them that are heads */
-    ATOMS = 1024,     /* cut at a time */
+    ATOMS = 2048,     /* cut at a time */
     ROWS = 8,         /* that a thread takes at a time; even, so that K and V stay together */
     MOST_THREADS = 64
 };
@@ -313,7 +313,8 @@ static void survey(hand *hand, const strip *s) {
     int64_t row_group = group(hand, s);
     hand->from_group = s->into_payloads ? row_group : ATOMS; /* in a payload a head's tokens are one run */
     hand->to_group = s->into_payloads ? ATOMS : row_group;
-    int64_t width = bytes ? TILE * hand->n_atoms / (bytes * columns) : 1;
+    int64_t tiles = (bytes * columns + TILE / 2) / TILE; /* of one size, as far as can be */
+    int64_t width = tiles > 1 ? (hand->n_atoms + tiles - 1) / tiles : hand->n_atoms;
     if (width > ELEMENTS / columns) width = ELEMENTS / columns;
     if (width > row_group) width -= width % row_group;
     hand->width = width < 1 ? 1 : width;

@@ -22,6 +22,7 @@ import numpy as np
 import lmkv
 from lmkv.config import StoreConfig
 from lmkv.events import Emitter
+from lmkv.index import content
 from lmkv.tiers import NewChunk, RamTier
 
 Row = dict[str, object]
@@ -72,6 +73,13 @@ def keys_and_verbs() -> Iterator[Row]:
         assert match.hit_tokens == 131_072
         yield row("lookup_512", median_ms(lambda: store.lookup(tokens)), "ms", 2.1)
         yield row("lease_release_512", median_ms(lambda: store.lease(match).release()), "ms", 1.0)
+
+
+def windows() -> Iterator[Row]:
+    """Fingerprints of all windows of 131,072 tokens, compiled; the reference is numpy's in the same run."""
+    tokens = np.random.default_rng(2).integers(0, 150_000, 131_072, dtype=np.uint32)
+    by_numpy = median_ms(lambda: content._by_prefix_sums(tokens, 256, 5))
+    yield row("windows_131072", median_ms(lambda: content.window_fingerprints(tokens, 256, 5)), "ms", round(by_numpy, 3))
 
 
 def retrieve() -> Iterator[Row]:
@@ -205,6 +213,7 @@ def imports() -> Iterator[Row]:
 
 BENCHES: dict[str, Callable[[], Iterator[Row]]] = {
     "verbs": keys_and_verbs,
+    "windows": windows,
     "retrieve": retrieve,
     "index_growth": index_growth,
     "index_bytes": index_bytes,
