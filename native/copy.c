@@ -1,7 +1,7 @@
 /* Host copies. What they cost is the memory's time, and that depends on order. Measured on a Xeon (Sapphire Rapids) with 300 MB and
- * runs of 256 bytes, one large memcpy = 1: memcpy of each run 0.4 to 0.57, since that reads every line that it is about to
+ * runs of 256 bytes, one large memcpy = 1: memcpy of each run 0.38 to 0.46, since that reads every line that it is about to
  * overwrite; streaming stores, one place after the other, 0.69 to 0.77; streaming stores while what comes next is fetched from
- * eight places in turn, 4 KiB apart, 0.95 to 1.05. So a copy is cut into tiles of 64 KiB: atoms (short runs of bytes, the same for
+ * eight places in turn, some KiB apart, 0.95 to 1.05. So a copy is cut into tiles of 64 KiB: atoms (short runs of bytes, the same for
  * all heads) times columns (heads). A tile is written in an order of its own while the next one's sources are fetched in theirs. */
 #include "plan.h"
 
