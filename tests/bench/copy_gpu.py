@@ -15,7 +15,7 @@ import lmkv
 from lmkv.layout import KVLayout
 from lmkv.pool import HostPool
 from lmkv.transfer import CopyEngine, Part
-from lmkv.transfer.gpu import Gpu, GpuOptions
+from lmkv.transfer.gpu import Gpu
 
 Row = dict[str, object]
 LAYOUT = KVLayout.dense(layers=36, heads=8, head_size=128, dtype="bfloat16")  # Qwen3-8B: 147,456 bytes a token
@@ -228,46 +228,24 @@ def beside_compute(engine: CopyEngine, table: np.ndarray, slots: Slots) -> Itera
 
 
 def tuning(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, rates: dict[str, float]) -> Iterator[Row]:
-    """The same copy with other rings and kernels."""
+    """The same copy with other rings, by a kernel alone, and of few tokens."""
     total = TOKENS * LAYOUT.token_bytes
     chosen = gpu.options
-    for entry, entries, blocks in ((8, 2, 132), (20, 2, 132), (40, 2, 16), (40, 4, 132), (80, 2, 132)):
-        gpu.tune(GpuOptions(entry << 20, entries, blocks, 512))
-        name = f"{entry}MiB_x{entries}_{blocks}"
-        yield row(
-            f"scatter_{name}",
-            total / seconds(lambda: engine.scatter(slots.parts, [table]).wait(), 5) / 1e9,
-            "GB/s",
-            rates["up"],
-        )
-        yield row(
-            f"gather_{name}",
-            total / seconds(lambda: engine.gather(slots.parts, [table]).wait(), 5) / 1e9,
-            "GB/s",
-            rates["down"],
-        )
-    gpu.tune(replace(chosen, direct_bytes=1 << 40))
-    yield row(
-        "scatter_by_kernel_alone",
-        total / seconds(lambda: engine.scatter(slots.parts, [table]).wait(), 5) / 1e9,
-        "GB/s",
-        rates["up"],
-    )
-    yield row(
-        "gather_by_kernel_alone",
-        total / seconds(lambda: engine.gather(slots.parts, [table]).wait(), 5) / 1e9,
-        "GB/s",
-        rates["down"],
-    )
-    gpu.tune(chosen)
-    for tokens in (16, 64, 256):
+    ways = (("scatter", engine.scatter, rates["up"]), ("gather", engine.gather, rates["down"]))
+    tried = {
+        f"{entry}MiB_x{entries}_{blocks}": replace(chosen, entry_bytes=entry << 20, entries=entries, thread_blocks=blocks)
+        for entry, entries, blocks in ((8, 2, 132), (20, 2, 132), (40, 2, 16), (40, 4, 132), (80, 2, 132))
+    }
+    for name, options in (tried | {"by_kernel_alone": replace(chosen, direct_bytes=1 << 40)}).items():
+        gpu.tune(options)
+        for way, move, rate in ways:
+            spent = seconds(lambda move=move: move(slots.parts, [table]).wait(), 5)
+            yield row(f"{way}_{name}", total / spent / 1e9, "GB/s", rate)
+    for tokens, path in ((16, "direct"), (64, "direct"), (256, "direct"), (256, "staged")):
+        gpu.tune(replace(chosen, direct_bytes=1 << 40 if path == "direct" else 0))
         parts = [replace(slots.parts[0], stop=tokens)]
-        for path, direct in (("direct", 1 << 40), ("staged", 0)):
-            gpu.tune(replace(chosen, direct_bytes=direct))
-            if path == "staged" and 4 * tokens <= 256:
-                continue
-            spent = seconds(lambda parts=parts: engine.scatter(parts, [table]).wait(), 25)
-            yield row(f"scatter_{tokens}_tokens_{path}", spent * 1e6, "us", tokens * LAYOUT.token_bytes / rates["up"] / 1e3)
+        spent = seconds(lambda parts=parts: engine.scatter(parts, [table]).wait(), 25)
+        yield row(f"scatter_{tokens}_tokens_{path}", spent * 1e6, "us", tokens * LAYOUT.token_bytes / rates["up"] / 1e3)
     gpu.tune(chosen)
 
 
@@ -287,7 +265,9 @@ def pool_start(size: int = 8 << 30) -> Iterator[Row]:
             first = time.perf_counter() - begun
             pinner = store._pins._pinners[torch.cuda.current_device()]
             assert pinner.wait(60)
-            assert all(Gpu.of(0).pinned(*extent) for extent in store._ram.pool.extents())
+            slots = [np.frombuffer(store._ram.pool.view(i), np.uint8) for i in range(store._ram.pool.slots)]
+            assert all(Gpu.of(0).pinned(slot.__array_interface__["data"][0], len(slot)) for slot in slots)
+            del slots
             whole = time.perf_counter() - begun
         name = "shared" if shared else "private"
         yield row(f"pool_8GiB_{name}_first_chunk", first * 1e3, "ms", 50.0)
@@ -305,9 +285,3 @@ def rows() -> Iterator[Row]:
     yield from copies(gpu, slots, plain)
     yield from pool_start()
 
-
-if __name__ == "__main__":
-    import json
-
-    for result in rows():
-        print(json.dumps(result), flush=True)
