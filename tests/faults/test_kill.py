@@ -53,7 +53,7 @@ def test_fifty_kills(tmp_path: Path) -> None:
         store.close()
         bad = [event for event in events if event.kind in ("corrupt", "load_failed", "tier_failed")]
         assert not bad, bad
-        assert os.path.getsize(tmp_path / "data.mdb") <= disk_writer.DISK
+        assert disk_writer.size_of(tmp_path) <= disk_writer.DISK
     assert found > ROUNDS * 100, "most of what was stored is found again"
     assert survived > 0, "and so is what was stored before the process before"
 
@@ -88,7 +88,7 @@ def test_a_reader_that_was_killed_holds_no_room(tmp_path: Path) -> None:
             tokens = disk_writer.text(77, number)
             store.store(tokens, known_kv.source(disk_writer.LAYOUT, tokens))
             assert store.flush(120)
-            assert os.path.getsize(tmp_path / "data.mdb") <= disk_writer.DISK
+            assert disk_writer.size_of(tmp_path) <= disk_writer.DISK
         store._check()
         kept = store.stats().tiers[1]
         assert kept.used_bytes > kept.capacity_bytes // 2, "the quota is used, not emptied again and again"

@@ -18,7 +18,7 @@ import pytest
 import remotes
 
 import lmkv
-from lmkv.backends import lmdb_disk
+from lmkv.backends.disk import directory
 from lmkv.chunks import TokenChunker
 from lmkv.record import HEADER_BYTES, payload_offset, seal
 from lmkv.testing.faults import flip_bit, truncate
@@ -324,8 +324,8 @@ def test_a_tier_that_is_switched_off_is_closed_all_the_same(register: Register, 
         remotes.CONNECTIONS[path].fails = lambda operation, number: True
         assert store.lookup(TOKENS).hit_tokens == 0
         assert not store.stats().tiers[1].enabled
-        assert path in lmdb_disk._registry
-    assert path not in lmdb_disk._registry
+        assert path in directory._registry
+    assert path not in directory._registry
 
 
 # -- damaged -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ the directory later knows what may be there. Words:
 
     forever    store until killed, saying how many texts are stored
     threads    store TEXTS texts from each of 8 threads, read others back meanwhile, and check the quota all along
-    starved    store TEXTS texts with no room to write beyond a few hundred KiB, reading each back from RAM; then with room
+    starved    store TEXTS texts, then as many with no room to write beyond 64 KiB of any file, reading each back from RAM; then
+               with room again
     nobody     without root's rights, try to open the directory, and say what happened
 """
 
@@ -24,6 +25,15 @@ import lmkv
 
 LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=16, dtype="float16", chunk_tokens=16)
 DISK = 4 << 20
+
+
+def size_of(directory: str | os.PathLike[str]) -> int:
+    """Bytes of all files of a disk tier's directory: of each, its length or what it takes on the device, if that is more."""
+    total = 0
+    for entry in os.scandir(directory):
+        state = entry.stat(follow_symlinks=False)
+        total += max(state.st_size, state.st_blocks * 512)
+    return total
 
 
 def config(directory: str, **settings: object) -> lmkv.StoreConfig:
@@ -69,8 +79,8 @@ def threads(directory: str, seed: int, texts: int) -> None:
                     store.flush(60)  # with little RAM, what the disk is slower than would not get there
                 other = text(int(rng.integers(1, 3)), 4 * int(rng.integers(0, texts * 8)))  # perhaps the other process's
                 known_kv.fetch(store, other)
-                size = os.path.getsize(os.path.join(directory, "data.mdb"))
-                assert size <= DISK, f"the file grew to {size} bytes"
+                size = size_of(directory)
+                assert size <= DISK, f"the files grew to {size} bytes"
                 assert store.stats().tiers[1].used_bytes <= DISK
         except BaseException as error:
             errors.append(error)
@@ -93,8 +103,10 @@ def starved(directory: str, seed: int, texts: int) -> None:
     events: list[lmkv.Event] = []
     with lmkv.Store(config(directory, breaker_failures=3, breaker_seconds=0.05), LAYOUT, on_event=events.append) as store:
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400 << 10, most))  # from here on every file is full there
-        for number in range(texts):
+        for number in range(2 * texts):
+            if number == texts:
+                store.flush(60)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, most))  # from here on every file is full there
             tokens = text(seed, number)
             store.store(tokens, known_kv.source(LAYOUT, tokens))
             assert known_kv.fetch(store, tokens) == len(tokens), "RAM does not suffer"
@@ -103,7 +115,7 @@ def starved(directory: str, seed: int, texts: int) -> None:
         failed = [str(event.detail["reason"]) for event in events if event.kind == "tier_failed"]
         print(dropped, failed[0] if failed else "", flush=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        for number in range(texts, texts + 200):
+        for number in range(2 * texts, 2 * texts + 200):
             tokens = text(seed, number)
             store.store(tokens, known_kv.source(LAYOUT, tokens))
             store.flush(60)

@@ -395,13 +395,16 @@ def test_corrupt_records_are_misses(tmp_path: Path) -> None:
     with KVReuse.open(model, config) as reuse:
         keys = reuse.prefill(ids).past_key_values.layers[1].keys
     third = keys[0, 0, 2 * CHUNK].numpy().tobytes()  # some KV of the third chunk as it lies in the file
-    data = bytearray((tmp_path / "kv" / "data.mdb").read_bytes())
-    place = data.find(third)
-    assert place > 0
-    while place >= 0:
-        data[place + 5] ^= 1
+    damaged = 0
+    for file in (tmp_path / "kv").glob("segment-*.kv"):
+        data = bytearray(file.read_bytes())
         place = data.find(third)
-    (tmp_path / "kv" / "data.mdb").write_bytes(data)
+        while place >= 0:
+            data[place + 5] ^= 1
+            damaged += 1
+            place = data.find(third)
+        file.write_bytes(data)
+    assert damaged
     events: list[str] = []
     with KVReuse.open(model, config, on_event=lambda event: events.append(event.kind)) as reuse:
         out = reuse.generate(ids, max_new_tokens=NEW, do_sample=False)

@@ -1,0 +1,334 @@
+"""One directory, opened once a process: its environment, index, segment files and slots, and what it refuses to be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import lmdb
+
+from ...errors import BackendUnavailableError, CapacityError, ConfigError, LayoutMismatchError, StoreClosedError
+from ...layout import KVLayout
+from .geometry import LEAST_CAPACITY, Geometry, Plan, plan
+from .index import DATABASES, RecordIndex
+from .segments import SEGMENT_NAME, SegmentFiles
+from .slots import Slots
+
+__all__ = ["FORMAT", "Directory", "Settings", "close_directory", "open_directory", "translated"]
+
+FORMAT = b"lmkv-disk/2"
+_OWN_FILES = {"data.mdb", "lock.mdb", "slots.lock"}
+#: Directories of at least this capacity can be read by many transactions at once; a place for each takes 64 bytes.
+_LARGE = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a directory is opened.
+
+    Args:
+        path: absolute and without links.
+        name: the tier's, for messages.
+        capacity: bytes that all its files may take together.
+        direct: past the page cache; ``None`` for where the file system can.
+        depth: transfers in flight at once.
+        floor: bytes of the file system that are left free.
+        ahead: write segments over before they are used.
+    """
+
+    path: str
+    name: str
+    layout: KVLayout
+    capacity: int
+    direct: bool | None = None
+    depth: int = 4
+    floor: int = 0
+    ahead: bool = True
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """LMDB's errors as LMKV's."""
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise CapacityError(f"expected room to {what}; the environment is full: {error}") from error
+    except (lmdb.Error, OSError) as error:
+        if "closed" in str(error).lower():
+            raise StoreClosedError(f"expected an open environment to {what}; it was closed") from error
+        raise BackendUnavailableError(f"expected to {what}; LMDB says: {error}") from error
+
+
+class Directory:
+    """See :func:`open_directory`.
+
+    Args:
+        settings: of the first who opens it in this process.
+
+    Raises:
+        ConfigError, LayoutMismatchError, CapacityError: as :class:`lmkv.backends.lmdb_disk.LmdbBackend` says.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.users = 0
+        self.closed = False
+        self.env = self._environment()
+        self.files: SegmentFiles | None = None
+        try:
+            self.env.reader_check()
+            self._pad()
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _shares(self, taken: int, held: Geometry | None, index: int) -> Plan:
+        try:
+            return plan(self.settings.layout, self.settings.capacity, taken, held, index)
+        except CapacityError as error:
+            raise CapacityError(f"tier {self.settings.name}: {error}") from None
+
+    def _environment(self) -> Any:
+        settings = self.settings
+        path = settings.path
+        provisional = self._shares(0, None, 0)
+        try:
+            os.makedirs(path, exist_ok=True)
+            foreign = self._foreign()
+            if foreign:
+                raise ConfigError(
+                    f"tier {settings.name}: expected an empty directory or one of LMKV's at {path}; "
+                    f"it holds {foreign!r}: name another path"
+                )
+            readers = 512 if settings.capacity >= _LARGE else 126
+            return lmdb.open(path, map_size=provisional.map_bytes, max_dbs=8, max_readers=readers, metasync=False)
+        except (lmdb.Error, OSError) as error:
+            raise ConfigError(
+                f"tier {settings.name}: expected a directory that can be written at {path}; the system says: {error}. "
+                "Name another path, make room, or set the capacity to 0"
+            ) from error
+
+    def _foreign(self) -> str | None:
+        """A file that speaks against this being a directory of ours."""
+        names = set(os.listdir(self.settings.path))
+        if "data.mdb" in names:
+            return None
+        return min((name for name in names - _OWN_FILES if not self._is_segment(name)), default=None)
+
+    def _is_segment(self, name: str) -> bool:
+        """Whether a file is a segment, of this directory or another: by its name and first bytes."""
+        path = os.path.join(self.settings.path, name)
+        if not SEGMENT_NAME.fullmatch(name) or not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(8) in (b"LMKVSEG\0", b"\0" * 8, b"")
+
+    def _pad(self) -> None:
+        """Let a data file that was cut off reach to its last page: zeros are found out, reading behind its end is fatal."""
+        path = os.path.join(self.settings.path, "data.mdb")
+        size = os.path.getsize(path)
+        missing = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"] - size
+        if missing > 0 and hasattr(os, "posix_fallocate"):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(fd, size, missing)  # never shrinks a file that another process makes longer meanwhile
+            finally:
+                os.close(fd)
+
+    # -- what it is ------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        settings = self.settings
+        with translated(f"open {settings.path}"):
+            held = self._held_geometry()
+            size = os.path.getsize(os.path.join(settings.path, "data.mdb"))
+            taken = os.path.getsize(os.path.join(settings.path, "lock.mdb"))
+            self.plan = self._shares(taken, held, size)
+            self.env.set_mapsize(max(self.plan.map_bytes, size))
+            with self.env.begin(write=True) as txn:  # aborted if a check fails: what is not ours stays as it was
+                meta = self._own_meta(txn)
+                ident = self._check_meta(txn, meta, self.plan)
+                geometry = Geometry.unpack(bytes(txn.get(b"geometry", db=meta)))
+                self.index = RecordIndex(self.env, txn, meta, geometry, settings.layout.chunk_tokens)
+        self.files = SegmentFiles(settings.path, ident, geometry, settings.direct, settings.depth)
+        self.slots = Slots(
+            settings.path,
+            self.index,
+            self.files,
+            self.begin,
+            most=self.plan.segments,
+            floor=settings.floor,
+            ahead=settings.ahead,
+        )
+        self._drop_surplus()
+
+    def _held_geometry(self) -> Geometry | None:
+        with self.env.begin() as txn:
+            if any(bytes(name) not in (*DATABASES, b"records") for name, _ in txn.cursor()):
+                raise self._not_ours()
+            try:
+                meta = self.env.open_db(b"meta", txn=txn, create=False)
+            except lmdb.NotFoundError:
+                return None
+            except lmdb.IncompatibleError:  # a value of somebody else's under that name
+                raise self._not_ours() from None
+            self._compare_meta(txn, meta)
+            data = txn.get(b"geometry", db=meta)
+            try:
+                return Geometry.unpack(bytes(data)) if data is not None else None
+            except ValueError as error:
+                raise ConfigError(
+                    f"tier {self.settings.name}: expected whole settings in {self.settings.path}; its geometry is damaged "
+                    f"({error}): delete the directory or name another path"
+                ) from None
+
+    def _own_meta(self, txn: Any) -> Any:
+        try:
+            return self.env.open_db(b"meta", txn=txn)
+        except lmdb.IncompatibleError:
+            raise self._not_ours() from None
+
+    def _wanted(self) -> dict[bytes, bytes]:
+        return {
+            b"format": FORMAT,
+            b"byteorder": sys.byteorder.encode(),
+            b"layout": self.settings.layout.describe.encode(),
+        }
+
+    def _check_meta(self, txn: Any, meta: Any, shares: Plan) -> bytes:
+        """Compare, or set in a new directory; returns its id."""
+        if not self._compare_meta(txn, meta):
+            for name, value in self._wanted().items():
+                txn.put(name, value, db=meta)
+            txn.put(b"id", uuid.uuid4().bytes, db=meta)
+            txn.put(b"geometry", shares.geometry.pack(), db=meta)
+        ident = bytes(txn.get(b"id", b"", db=meta))
+        if len(ident) != 16:
+            raise ConfigError(f"tier {self.settings.name}: expected an id of 16 bytes in {self.settings.path}; got {ident!r}")
+        return ident
+
+    def _compare_meta(self, txn: Any, meta: Any) -> bool:
+        """Refuse what is not ours; ``False`` if there is nothing yet."""
+        settings = self.settings
+        if txn.get(b"format", db=meta) is None:
+            if txn.stat(meta)["entries"]:
+                raise self._not_ours()
+            return False
+        for name, value in self._wanted().items():
+            held = txn.get(name, db=meta)
+            if held == value:
+                continue
+            if name == b"layout":
+                theirs = bytes(held or b"").decode(errors="replace")
+                raise LayoutMismatchError(
+                    f"tier {settings.name}: {settings.path} holds chunks of the layout {theirs!r}; the store has "
+                    f"{value.decode()!r}. Nothing was changed: name another path, or open it with the layout it was made for"
+                )
+            raise ConfigError(
+                f"tier {settings.name}: {settings.path} has {name.decode()} {held!r}; this version expects {value!r}. "
+                "Nothing was changed: delete the directory's files or name another path"
+            )
+        return True
+
+    def _not_ours(self) -> ConfigError:
+        return ConfigError(
+            f"tier {self.settings.name}: {self.settings.path} holds an LMDB environment that is not LMKV's: name another path"
+        )
+
+    def _drop_surplus(self) -> None:
+        """Bring a directory that was larger, or whose files are more than its index names, within the capacity."""
+        assert self.files is not None
+        with self.begin(True) as txn:
+            held = self.index.segments(txn)
+            surplus = sorted(held)[self.plan.segments :]
+            for number in surplus:
+                for key in self.index.in_segment(txn, number):
+                    self.index.delete(txn, key)
+                self.index.set_segment(txn, number, None)
+            for name in os.listdir(self.settings.path):
+                found = SEGMENT_NAME.fullmatch(name)
+                if found and (int(found[1]) not in held or int(found[1]) in surplus):
+                    self.files.remove(int(found[1]))
+
+    # -- use -------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def begin(self, write: bool) -> Iterator[Any]:
+        """A transaction; LMDB's errors come out as LMKV's."""
+        if self.closed:
+            raise StoreClosedError(f"expected an open environment at {self.settings.path}; it was closed")
+        with translated("use the index"), self.env.begin(write=write, buffers=True) as txn:
+            yield txn
+
+    def change(self) -> AbstractContextManager[Any]:
+        """A write transaction."""
+        return self.begin(True)
+
+    def close(self) -> None:
+        """Close everything, durably."""
+        if self.files is not None:
+            if hasattr(self, "slots"):
+                self.slots.close()
+            self.files.close()
+        self.closed = True
+        with contextlib.suppress(lmdb.Error):
+            self.env.sync(True)
+        self.env.close()
+
+
+_registry: dict[str, Directory] = {}
+_registry_lock = threading.Lock()
+
+
+def open_directory(settings: Settings) -> Directory:
+    """The directory at a path; the same one for all in this process who open it, as LMDB demands.
+
+    Raises:
+        ConfigError, LayoutMismatchError, CapacityError: as :class:`lmkv.backends.lmdb_disk.LmdbBackend` says.
+    """
+    if settings.capacity < LEAST_CAPACITY:
+        raise CapacityError(
+            f"tier {settings.name}: expected a capacity of at least {LEAST_CAPACITY} bytes; got {settings.capacity}"
+        )
+    with _registry_lock:
+        found = _registry.get(settings.path)
+        if found is None:
+            try:
+                found = _registry[settings.path] = Directory(settings)
+            except BackendUnavailableError as error:
+                raise ConfigError(
+                    f"tier {settings.name}: expected a whole database at {settings.path}; {error}. "
+                    "Delete its data.mdb or name another path"
+                ) from error
+        else:
+            theirs = found.settings
+            if theirs.layout.describe != settings.layout.describe:
+                raise LayoutMismatchError(
+                    f"tier {settings.name}: {settings.path} is open in this process with the layout "
+                    f"{theirs.layout.describe!r}; the store has {settings.layout.describe!r}: name another path"
+                )
+            if theirs.capacity != settings.capacity:
+                raise ConfigError(
+                    f"tier {settings.name}: {settings.path} is open in this process with a capacity of {theirs.capacity} "
+                    f"bytes; expected the same; got {settings.capacity}: name another path or make them equal"
+                )
+        found.users += 1
+        return found
+
+
+def close_directory(directory: Directory) -> None:
+    """One user less; the last one closes it."""
+    with _registry_lock:
+        directory.users -= 1
+        if not directory.users:
+            del _registry[directory.settings.path]
+            directory.close()
