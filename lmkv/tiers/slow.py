@@ -33,8 +33,9 @@ __all__ = ["SlowTier", "Write"]
 
 Result = TypeVar("Result")
 
-#: Records a write transaction holds: enough to share its sync, few enough that RAM is not held up for long.
-_WRITE_BATCH = 8
+#: Records that are written together: enough bytes to share their syncs, few enough that RAM is not held up for long.
+_WRITE_BATCH = (8, 32)
+_WRITE_BYTES = 64 * 1024**2
 #: Leases whose use is noted together.
 _TOUCH_BATCH = 256
 
@@ -104,8 +105,9 @@ class SlowTier:
         self._threads = config.io_threads
         self._readers = Readers(f"lmkv-{self.name}-read", config.io_threads)
         self._touches: list[list[ChunkKey]] = []
+        batch = max(_WRITE_BATCH[0], min(_WRITE_BATCH[1], _WRITE_BYTES // layout.chunk_bytes))
         self.writer: WriteBehind[Write] = WriteBehind(
-            f"lmkv-{self.name}-write", config.write_queue, _WRITE_BATCH, self._write, self._give_up
+            f"lmkv-{self.name}-write", config.write_queue, batch, self._write, self._give_up
         )
 
     def _codec_named(self, name: str) -> Codec:
