@@ -1,0 +1,85 @@
+"""Processes on one disk directory that die at any moment: whole chunks or none, no slot lost, the quota kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import disk_child
+import disk_writer
+import known_kv
+from disk_writer import DISK, LAYOUT
+
+import lmkv
+from lmkv.backends import BackendSettings
+from lmkv.backends.lmdb_disk import LmdbBackend
+from lmkv.errors import CapacityError
+from lmkv.testing._chunks import text_chunks
+
+
+def test_two_hundred_kills_under_four_writers_and_two_readers(tmp_path: Path) -> None:
+    directory = tmp_path / "disk"
+    command = [sys.executable, disk_child.__file__, "crowd", str(directory), "200", "120"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["killed"] == 200
+    assert outcome["most"] <= DISK
+
+    events: list[lmkv.Event] = []
+    with lmkv.Store(disk_writer.config(str(directory)), LAYOUT, on_event=events.append) as store:
+        store._check()
+        found = 0
+        for seed in range(4):
+            for number in range(400):
+                tokens = disk_writer.text(seed, number)
+                match = store.lookup(tokens)
+                found += known_kv.fetch(store, tokens, match)
+        assert found > 1000, "what was stored before is found"
+        assert not [event for event in events if event.kind in ("corrupt", "load_failed", "tier_failed")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk"]
+
+
+_HOLDER = """
+import sys, time
+import disk_writer
+from lmkv.backends import BackendSettings
+from lmkv.backends.lmdb_disk import LmdbBackend
+backend = LmdbBackend(BackendSettings("disk", disk_writer.LAYOUT, 1 << 20, {"path": sys.argv[1]}))
+slots = backend._directory.slots
+held = 0
+while True:
+    try:
+        slots.reserve([1])
+        held += 1
+    except Exception:
+        break
+print(held, flush=True)
+time.sleep(600)
+"""
+
+
+def test_slots_of_a_process_that_died_are_free_at_once(tmp_path: Path) -> None:
+    """A living process sees it, without opening anything anew."""
+    backend = LmdbBackend(BackendSettings("disk", LAYOUT, 1 << 20, {"path": str(tmp_path)}))
+    chunks = text_chunks(LAYOUT, range(64))
+    keys, records = [chunk.key for chunk in chunks], [chunk.record(LAYOUT) for chunk in chunks]
+    environment = {"PYTHONPATH": str(Path(disk_writer.__file__).parent)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert holder.stdout is not None
+    assert int(holder.stdout.readline()) * 4096 == backend.capacity
+    try:
+        backend.write_many(keys, records)
+        raise AssertionError("expected no free slot while the other process holds them all")
+    except CapacityError:
+        assert not any(backend.contains_many(keys))
+    holder.kill()
+    holder.communicate()
+    backend.write_many(keys, records)
+    assert all(backend.contains_many(keys))
+    backend._check()
+    backend.close()
