@@ -19,8 +19,8 @@ from typing import Any
 import lmdb
 
 from ..chunks import ChunkKey
-from ..errors import CapacityError, ConfigError, StoreClosedError
-from ..record import read_header
+from ..errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
+from ..record import RecordHeader, read_header
 from .base import BackendSettings, Entry
 from .disk.directory import Directory, Settings, close_directory, open_directory
 from .disk.index import RecordIndex
@@ -30,6 +30,9 @@ __all__ = ["LmdbBackend"]
 _OPTIONS = ("path", "direct", "depth", "free_space_floor", "ahead")
 #: How often a record that is written anew while it is read is looked for again.
 _ATTEMPTS = 64
+#: Writes in a row without room after which the index is looked at, and how long it is not looked at again.
+_REFUSED = 24
+_LOOK_SECONDS = 60.0
 
 
 def _settings(settings: BackendSettings) -> Settings:
@@ -86,6 +89,8 @@ class LmdbBackend:
         self._most_records = shares.records
         self._geometry = shares.geometry
         self._closed = False
+        self._refused = 0
+        self._look_again = 0.0
 
     def close(self) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
@@ -139,6 +144,14 @@ class LmdbBackend:
         headers = [read_header(piece) for piece in data]
         if not keys:
             return
+        try:
+            self._put(keys, data, headers)
+        except CapacityError:
+            self._mend()
+            raise
+        self._refused = 0
+
+    def _put(self, keys: Sequence[ChunkKey], data: Sequence[memoryview], headers: Sequence[RecordHeader]) -> None:
         with self._begin() as txn:
             count = self._index.count(txn) + len(keys)
         if count > self._most_records:
@@ -250,11 +263,25 @@ class LmdbBackend:
         with self._begin(write=True) as txn:
             self._index.clear(txn)
 
+    def _mend(self) -> None:
+        """After many writes without room: if the index contradicts itself, nothing can be evicted that it lost track of."""
+        self._refused += 1
+        if self._refused < _REFUSED or time.monotonic() < self._look_again:
+            return
+        self._look_again = time.monotonic() + _LOOK_SECONDS
+        with self._begin() as txn:
+            problem = next(self._index.problems(txn), None)
+        if problem is not None:
+            self.clear()
+            raise BackendUnavailableError(f"expected a whole index; {problem}: it was emptied")
+
     def _check(self) -> None:
         with self._begin() as txn:
-            records = self._index.check(txn)
-        buffers = [memoryview(bytearray(place.size)) for _, place in records]
-        whole = self._files.read([(place.runs, buffer) for (_, place), buffer in zip(records, buffers, strict=True)])
+            assert not list(self._index.problems(txn))
+            records = list(self._index.records(txn))
+        buffers = [memoryview(bytearray(place.size)) for _, _, place, _ in records]
+        whole = self._files.read([(place.runs, buffer) for (_, _, place, _), buffer in zip(records, buffers, strict=True)])
         assert all(whole)
-        for (key, _), buffer in zip(records, buffers, strict=True):
-            assert read_header(buffer).key == key
+        for (key, _, _, tokens), buffer in zip(records, buffers, strict=True):
+            header = read_header(buffer)
+            assert (header.key, header.tokens) == (key, tokens)

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import disk_writer
@@ -116,6 +117,8 @@ def _start(number: int, directory: str) -> int:
         return child
     try:
         (_write if number < _WRITERS else _read)(directory, number)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(3)
@@ -134,6 +137,7 @@ def crowd(directory: str, kills: str, seconds: str) -> None:
             most = max(most, disk_writer.size_of(directory))
             os.kill(running[number], signal.SIGKILL)
             _, status = os.waitpid(running[number], 0)
+            del running[number]
             assert os.WIFSIGNALED(status), f"process {number} failed by itself, with {status}"
             running[number] = _start(number, directory)
             done += 1

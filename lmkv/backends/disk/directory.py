@@ -17,8 +17,9 @@ import lmdb
 
 from ...errors import BackendUnavailableError, CapacityError, ConfigError, LayoutMismatchError, StoreClosedError
 from ...layout import KVLayout
-from .geometry import LEAST_CAPACITY, Geometry, Plan, plan
+from .geometry import LEAST_CAPACITY, PAGE, Geometry, Plan, plan
 from .index import DATABASES, RecordIndex
+from .pages import PagesDamagedError, check_pages
 from .segments import SEGMENT_NAME, SegmentFiles
 from .slots import Slots
 
@@ -28,6 +29,8 @@ FORMAT = b"lmkv-disk/2"
 _OWN_FILES = {"data.mdb", "lock.mdb", "slots.lock"}
 #: Directories of at least this capacity can be read by many transactions at once; a place for each takes 64 bytes.
 _LARGE = 64 * 1024**2
+#: An index of up to this size is checked before it is used; that takes a few milliseconds.
+_CHECKED_AT_ONCE = 32 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,14 @@ class Directory:
         self.settings = settings
         self.users = 0
         self.closed = False
+        self._damage = ""
+        self._checking: threading.Thread | None = None
         self.env = self._environment()
         self.files: SegmentFiles | None = None
         try:
             self.env.reader_check()
             self._pad()
+            self._check_index()
             self._open()
         except BaseException:
             self.close()
@@ -100,7 +106,7 @@ class Directory:
     def _environment(self) -> Any:
         settings = self.settings
         path = settings.path
-        provisional = self._shares(0, None, 0)
+        self._shares(0, None, 0)  # refuse before anything is made
         try:
             os.makedirs(path, exist_ok=True)
             foreign = self._foreign()
@@ -110,7 +116,9 @@ class Directory:
                     f"it holds {foreign!r}: name another path"
                 )
             readers = 512 if settings.capacity >= _LARGE else 126
-            return lmdb.open(path, map_size=provisional.map_bytes, max_dbs=8, max_readers=readers, metasync=False)
+            # as much as could ever be, since others may be writing; what it may be follows from what is there
+            most = settings.capacity // PAGE * PAGE
+            return lmdb.open(path, map_size=most, max_dbs=8, max_readers=readers, metasync=False)
         except (lmdb.Error, OSError) as error:
             raise ConfigError(
                 f"tier {settings.name}: expected a directory that can be written at {path}; the system says: {error}. "
@@ -136,13 +144,39 @@ class Directory:
         """Let a data file that was cut off reach to its last page: zeros are found out, reading behind its end is fatal."""
         path = os.path.join(self.settings.path, "data.mdb")
         size = os.path.getsize(path)
-        missing = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"] - size
+        claimed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        if claimed > max(size, self.settings.capacity):
+            raise BackendUnavailableError(f"it says that it has {claimed} bytes, more than the capacity")
+        missing = claimed - size
         if missing > 0 and hasattr(os, "posix_fallocate"):
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.posix_fallocate(fd, size, missing)  # never shrinks a file that another process makes longer meanwhile
             finally:
                 os.close(fd)
+
+    def _check_index(self) -> None:
+        """Look for damage before LMDB trips over it: now in a small index, in a large one beside the caller."""
+        if os.path.getsize(os.path.join(self.settings.path, "data.mdb")) <= _CHECKED_AT_ONCE:
+            try:
+                self._check_pages()
+            except PagesDamagedError as error:
+                raise BackendUnavailableError(f"its pages do not hang together: {error}") from error
+        else:
+            self._checking = threading.Thread(target=self._check_beside, name="lmkv-disk-check", daemon=True)
+            self._checking.start()
+
+    def _check_pages(self) -> None:
+        with self.env.begin() as txn:
+            check_pages(os.path.join(self.settings.path, "data.mdb"), txn.id())
+
+    def _check_beside(self) -> None:
+        try:
+            self._check_pages()
+        except PagesDamagedError as error:
+            self._damage = str(error)
+        except (lmdb.Error, OSError):
+            pass  # closed meanwhile, or whoever uses it next will hear of it
 
     # -- what it is ------------------------------------------------------------------------------------------------------
 
@@ -266,6 +300,11 @@ class Directory:
         """A transaction; LMDB's errors come out as LMKV's."""
         if self.closed:
             raise StoreClosedError(f"expected an open environment at {self.settings.path}; it was closed")
+        if self._damage:
+            raise BackendUnavailableError(
+                f"expected a whole index at {self.settings.path}; its pages do not hang together: {self._damage}. "
+                "Delete its data.mdb"
+            )
         with translated("use the index"), self.env.begin(write=write, buffers=True) as txn:
             yield txn
 
@@ -275,6 +314,8 @@ class Directory:
 
     def close(self) -> None:
         """Close everything, durably."""
+        if self._checking is not None:
+            self._checking.join()  # it reads from the map
         if self.files is not None:
             if hasattr(self, "slots"):
                 self.slots.close()

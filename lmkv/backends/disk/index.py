@@ -36,6 +36,7 @@ _USE = struct.Struct("<QI")  # sequence number, uses
 #: LMDB's keys have at most 511 bytes; 16 are the place in the tree, so a segment of siblings' tokens is 120 tokens.
 _SEGMENT = 480
 _BATCH = 1024
+_KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -264,10 +265,10 @@ class RecordIndex:
             if not cursor.set_range((after + 1).to_bytes(8, "big")):
                 return batch
             for place, key in cursor:
-                value = txn.get(key, db=self._index)
+                value = txn.get(key, db=self._index) if len(key) == _KEY_BYTES else None
                 where = None if value is None else self._place(value)
                 if value is None or where is None:
-                    continue  # damaged: nobody finds it, and a deletion takes the rest of it out
+                    continue  # damaged
                 parent, root, _, fingerprint, _, start, _, _ = _INDEX.unpack_from(value)
                 sequence, size = int.from_bytes(place, "big"), self._slot_bytes(where.runs)
                 batch.append(Entry(sequence, ChunkKey(bytes(key)), parent, root, start, size, fingerprint))
@@ -340,31 +341,53 @@ class RecordIndex:
 
     # -- checks ----------------------------------------------------------------------------------------------------------
 
-    def check(self, txn: Any) -> list[tuple[ChunkKey, Place]]:
-        """Assert that the databases agree with each other; returns the records."""
-        records: list[tuple[ChunkKey, Place]] = []
-        children = 0
+    def records(self, txn: Any) -> Iterator[tuple[ChunkKey, ChunkKey, Place, bytes]]:
+        """Key, parent, place and tokens of every record whose entry can be understood."""
+        for key, value in txn.cursor(db=self._index):
+            place, tokens = self._place(value), _tokens(value)
+            if place is not None and tokens is not None:
+                yield ChunkKey(bytes(key)), ChunkKey(bytes(value[16:32])), place, tokens
+
+    def problems(self, txn: Any) -> Iterator[str]:
+        """Where the databases contradict each other. Looks at every entry, some microseconds each."""
+        children = records = used = 0
+        slots = self._geometry.segment_slots
         bits: dict[int, int] = dict.fromkeys(self.segments(txn), 0)
         for key, value in txn.cursor(db=self._index):
-            parent, root, _, fingerprint, size, _, _, _ = _INDEX.unpack_from(value)
+            records += 1
             place, tokens = self._place(value), _tokens(value)
-            assert place is not None
-            assert tokens is not None
-            assert fingerprint == self.fingerprint(root, tokens)
-            assert sum(count for _, count in place.runs) == self._geometry.slots(size)
+            if place is None or tokens is None or len(tokens) % TOKEN_BYTES:
+                yield f"the entry of {bytes(key).hex()} can't be understood"
+                continue
+            parent, root, _, fingerprint, _, _, _, _ = _INDEX.unpack_from(value)
+            if fingerprint != self.fingerprint(root, tokens):
+                yield f"the fingerprint of {bytes(key).hex()} is not that of its tokens"
+            if sum(count for _, count in place.runs) != self._geometry.slots(place.size):
+                yield f"{bytes(key).hex()} has {place.size} bytes and other slots than those need"
             for first, count in place.runs:
-                number, slot = divmod(first, self._geometry.segment_slots)
-                mask = ((1 << count) - 1) << slot
-                assert slot + count <= self._geometry.segment_slots
-                assert not bits[number] & mask, "a slot holds two records"
-                bits[number] |= mask
-            sequence, _ = _USE.unpack(txn.get(key, db=self._uses))
-            assert bytes(txn.get(sequence.to_bytes(8, "big"), db=self._order)) == bytes(key)
-            children += sum(1 for _ in _levels(parent, tokens))
-            records.append((ChunkKey(bytes(key)), place))
-        for db in (self._uses, self._order):
-            assert txn.stat(db)["entries"] == len(records)
-        assert txn.stat(self._children)["entries"] == children
-        assert self.segments(txn) == bits
-        assert self.counter(txn, b"used") == sum(self._slot_bytes(place.runs) for _, place in records)
-        return records
+                number, slot = divmod(first, slots)
+                mask = ((1 << min(count, slots)) - 1) << slot
+                if slot + count > slots or number not in bits or bits[number] & mask:
+                    yield f"{bytes(key).hex()} lies in slots that are not there or belong to another record"
+                bits[number] = bits.get(number, 0) | mask
+            used += self._slot_bytes(place.runs)
+            use = txn.get(key, db=self._uses)
+            if use is None or len(use) != _USE.size:
+                yield f"the use of {bytes(key).hex()} is not noted"
+            elif bytes(txn.get(_USE.unpack(use)[0].to_bytes(8, "big"), b"", db=self._order)) != bytes(key):
+                yield f"{bytes(key).hex()} has no place in the order of use"
+            for where, segment in _levels(parent, tokens):
+                children += 1
+                if not self._has_child(txn, where + segment, key):
+                    yield f"{bytes(key).hex()} is not listed behind the chunk that it extends"
+        counts = [txn.stat(db)["entries"] for db in (self._uses, self._order, self._children)]
+        if counts != [records, records, children]:
+            yield f"expected {[records, records, children]} uses, places and siblings; there are {counts}"
+        if self.segments(txn) != bits:
+            yield "the segments count other slots as taken than the records take"
+        if self.counter(txn, b"used") != used:
+            yield f"the quota counts {self.counter(txn, b'used')} bytes; the records take {used}"
+
+    def _has_child(self, txn: Any, place: bytes, key: Any) -> bool:
+        with txn.cursor(db=self._children) as cursor:
+            return bool(cursor.set_key_dup(place, bytes(key)))
