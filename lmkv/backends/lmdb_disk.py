@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lmdb
 
 from ..chunks import ChunkKey
-from ..errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
+from ..errors import BackendUnavailableError, CapacityError, ConfigError, LMKVError, StoreClosedError
 from ..record import RecordHeader, read_header
 from .base import BackendSettings, Entry
 from .disk.directory import Directory, Settings, close_directory, open_directory
@@ -33,6 +34,8 @@ _ATTEMPTS = 64
 #: Writes in a row without room after which the index is looked at, and how long it is not looked at again.
 _REFUSED = 24
 _LOOK_SECONDS = 60.0
+#: What comes of reading entries that were damaged.
+_NONSENSE = (struct.error, ValueError, OverflowError, TypeError)
 
 
 def _settings(settings: BackendSettings) -> Settings:
@@ -181,7 +184,7 @@ class LmdbBackend:
 
         self._change(remove)
 
-    def _change(self, work: Any) -> None:
+    def _change(self, work: Callable[[Any], object]) -> None:
         """Do ``work`` in a write transaction, and once more where the map was full of pages kept for readers that died."""
         try:
             with self._begin(write=True) as txn:
@@ -191,6 +194,10 @@ class LmdbBackend:
                 raise
             with self._begin(write=True) as txn:
                 work(txn)
+        except _NONSENSE as error:
+            if isinstance(error, LMKVError):
+                raise
+            self._empty(f"an entry can't be understood ({error})")
 
     @property
     def _files(self) -> Any:
@@ -269,11 +276,19 @@ class LmdbBackend:
         if self._refused < _REFUSED or time.monotonic() < self._look_again:
             return
         self._look_again = time.monotonic() + _LOOK_SECONDS
-        with self._begin() as txn:
-            problem = next(self._index.problems(txn), None)
+        problem: str | None
+        try:
+            with self._begin() as txn:
+                problem = next(self._index.problems(txn), None)
+        except _NONSENSE as error:
+            problem = f"an entry can't be understood ({error})"
         if problem is not None:
-            self.clear()
-            raise BackendUnavailableError(f"expected a whole index; {problem}: it was emptied")
+            self._empty(problem)
+
+    def _empty(self, problem: str) -> None:
+        """Begin anew with a damaged index: what is kept here can be computed again."""
+        self.clear()
+        raise BackendUnavailableError(f"expected a whole index; {problem}: it was emptied")
 
     def _check(self) -> None:
         with self._begin() as txn:

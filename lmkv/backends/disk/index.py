@@ -170,12 +170,17 @@ class RecordIndex:
         value = txn.get(key, db=self._index)
         return None if value is None else self._place(value)
 
-    @staticmethod
-    def _place(value: Any) -> Place | None:
+    def _place(self, value: Any) -> Place | None:
+        """The place in an entry; ``None`` if it can't be one."""
         if _runs_end(value) < 0:
             return None
         _, _, born, _, size, _, written, count = _INDEX.unpack_from(value)
         runs = tuple(_RUN.unpack_from(value, _INDEX.size + i * _RUN.size) for i in range(count))
+        width = self._geometry.segment_slots
+        if any(not 1 <= slots <= width - first % width for first, slots in runs):
+            return None
+        if self._geometry.slots(size) != sum(slots for _, slots in runs):
+            return None
         return Place(born, size, runs, written)
 
     def tokens_of(self, txn: Any, key: ChunkKey) -> bytes | None:
@@ -362,12 +367,10 @@ class RecordIndex:
             parent, root, _, fingerprint, _, _, _, _ = _INDEX.unpack_from(value)
             if fingerprint != self.fingerprint(root, tokens):
                 yield f"the fingerprint of {bytes(key).hex()} is not that of its tokens"
-            if sum(count for _, count in place.runs) != self._geometry.slots(place.size):
-                yield f"{bytes(key).hex()} has {place.size} bytes and other slots than those need"
             for first, count in place.runs:
                 number, slot = divmod(first, slots)
-                mask = ((1 << min(count, slots)) - 1) << slot
-                if slot + count > slots or number not in bits or bits[number] & mask:
+                mask = ((1 << count) - 1) << slot
+                if number not in bits or bits[number] & mask:
                     yield f"{bytes(key).hex()} lies in slots that are not there or belong to another record"
                 bits[number] = bits.get(number, 0) | mask
             used += self._slot_bytes(place.runs)
