@@ -12,6 +12,11 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": ("lmkv.adapters.transformers.demo:main", "a real language model answers about long documents, cold and cached"),
     "replay": ("lmkv.cli.replay:main", "hit ratios of eviction policies on a request trace"),
+    "inspect": ("lmkv.cli.disk:inspect", "what a disk tier's directory holds"),
+    "verify": ("lmkv.cli.disk:verify", "prove every record of a disk tier's directory"),
+    "compact": ("lmkv.cli.disk:compact", "give back what a disk tier's directory has free"),
+    "export": ("lmkv.cli.bundle:export", "write stored texts into a bundle for another machine"),
+    "import": ("lmkv.cli.bundle:import_", "put the texts of a bundle into a disk tier's directory"),
     "doctor": ("lmkv.cli.doctor:main", "what this machine has, and what LMKV can use of it"),
 }
 

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ...errors import CapacityError, LMKVError
+from ...errors import BackendUnavailableError, CapacityError, LMKVError
 from .geometry import Run
 from .index import RecordIndex
 from .segments import SegmentFiles
 
-__all__ = ["Slots"]
+__all__ = ["PRESENCE", "Slots"]
 
+#: A byte behind all slots that every process which has the directory open shares a lock of.
+PRESENCE = 2**62
 #: Segments that are searched for neighbouring slots before a record is cut up.
 _SEARCHED = 32
 #: Seconds during which a file system that had no room for a segment is not asked again.
@@ -90,6 +92,11 @@ class Slots:
         self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
         self._fd = os.open(os.path.join(path, "slots.lock"), flags, 0o600)
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, PRESENCE)
+        except OSError as error:
+            os.close(self._fd)
+            raise BackendUnavailableError(f"{path} is being compacted: {error}") from error
 
     # -- holding ---------------------------------------------------------------------------------------------------------
 
