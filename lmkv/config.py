@@ -136,26 +136,34 @@ class TierConfig:
     """A slow tier behind the built-in ones.
 
     Args:
-        backend: a built-in backend's name (``lmdb``, ``memory``) or one registered under the entry point ``lmkv.backends``.
+        backend: a built-in backend's name (``lmdb``, ``memory``) or one registered under the entry point ``lmkv.backends``; the
+            scheme of ``url`` by default.
+        url: where a remote storage is, such as ``redis://host:6379``. Credentials in it are never shown.
         name: what events and statistics call it; the backend's name by default.
         capacity: bytes it may hold; 0 leaves bounding to the backend itself.
         policy: eviction policy, used where the backend can list what it holds.
-        codec: how payloads are kept (``raw``, ``blosc2`` or a registered one).
+        codec: how payloads are kept (``raw`` or ``naive``: as they are; ``lossless``, today ``blosc2``; or a registered one).
         deadline_seconds: how long one operation may take before it counts as a miss.
         options: handed to the backend, which refuses what it does not know.
     """
 
-    backend: str
+    backend: str = ""
     name: str = ""
     capacity: int = field(default=0, metadata=_BYTES)
     policy: str = "lru"
     codec: str = "raw"
     deadline_seconds: float = 2.0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
+    url: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        scheme, there, _ = self.url.partition("://")
+        if self.url and not (there and scheme):
+            raise ConfigError("tiers: url: expected scheme://…, such as redis://localhost:6379; got no scheme")
         if not self.backend:
-            raise ConfigError("tiers: expected the name of a backend for each tier; got none: set 'backend'")
+            if not scheme:
+                raise ConfigError("tiers: expected a backend for each tier; got none: set 'backend' or 'url'")
+            object.__setattr__(self, "backend", scheme)
         object.__setattr__(self, "name", self.name or self.backend)
         object.__setattr__(self, "capacity", _convert("tiers: ", "capacity", int, _BYTES, self.capacity))
         if not isinstance(self.options, Mapping):
@@ -236,7 +244,7 @@ class StoreConfig:
         if not isinstance(self.tiers or (), (list, tuple)):
             raise ConfigError(f"tiers: expected a list of tiers; got {self.tiers!r}")
         tiers = tuple(
-            tier if isinstance(tier, TierConfig) else TierConfig(**{"backend": ""} | _build(TierConfig, tier, f"tiers[{i}]"))
+            tier if isinstance(tier, TierConfig) else TierConfig(**_build(TierConfig, tier, f"tiers[{i}]"))
             for i, tier in enumerate(self.tiers or ())
         )
         object.__setattr__(self, "tiers", tiers)
@@ -332,6 +340,31 @@ _FOREIGN = ("LMKV_TOKEN",)
 def service_token(environ: Mapping[str, str] | None = None) -> str | None:
     """The bearer token of the HTTP service (``LMKV_TOKEN``), or ``None``; kept out of files and command lines."""
     return (os.environ if environ is None else environ).get("LMKV_TOKEN") or None
+
+
+def read_secret(options: Mapping[str, object], name: str, where: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """A credential: the option ``name`` itself, or what ``<name>_env`` (a variable) or ``<name>_file`` points to.
+
+    Raises:
+        ConfigError: more than one of them is given, or what it points to is not there. The credential is not repeated.
+    """
+    given = [key for key in (name, f"{name}_env", f"{name}_file") if options.get(key) not in (None, "")]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ConfigError(f"{where}: expected one of {' and '.join(given)}; got both")
+    value = str(options[given[0]])
+    if given[0].endswith("_env"):
+        found = (os.environ if environ is None else environ).get(value)
+        if found is None:
+            raise ConfigError(f"{where}: {given[0]}: expected the environment variable {value}; it is not set")
+        return found
+    if given[0].endswith("_file"):
+        try:
+            return Path(value).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: {given[0]}: expected a readable file; got: {error}") from None
+    return value
 
 
 def parse_yaml(text: str, where: str) -> object:

@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from .backends import BackendSettings, open_backend
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace, TokenChunker, token_bytes
 from .config import StoreConfig, TierConfig
 from .errors import ArgumentError, ConfigError, StoreClosedError
@@ -25,7 +24,7 @@ from .handles import Lease, Match, Reservation, Slot, Stats
 from .index import Node
 from .layout import KVLayout
 from .loading import Loader
-from .tiers import NewChunk, RamTier, SlowTier, Write
+from .tiers import NewChunk, RamTier, SlowTier, Write, open_tier
 from .transfer import Part, Pins, as_access, gather, scatter
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
@@ -93,22 +92,9 @@ class Store:
                 self._ram.prepare()
 
     def _open_tier(self, settings: TierConfig) -> SlowTier:
-        backend = open_backend(
-            settings.backend, BackendSettings(settings.name, self.layout, settings.capacity, settings.options)
+        return open_tier(
+            settings, self.config, self.layout, slot_view=self._ram.pool.view, release=self._unpin, emit=self._emit
         )
-        try:
-            return SlowTier(
-                settings,
-                self.config,
-                self.layout,
-                backend,
-                slot_view=self._ram.pool.view,
-                release=self._unpin,
-                emit=self._emit,
-            )
-        except BaseException:
-            backend.close()
-            raise
 
     # -- looking up ------------------------------------------------------------------------------------------------------
 

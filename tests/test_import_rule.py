@@ -30,6 +30,7 @@ ENGINES = {
     "aiohttp",
     "aiofiles",
     "blosc2",
+    "redis",
     "gguf",
     "matplotlib",
     "rich",

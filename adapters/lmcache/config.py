@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from lmkv.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, parse_yaml, read_yaml
 from lmkv.errors import ConfigError
 
+from .remote import Remote, remote_tier
+
 __all__ = ["Loaded", "Translated", "load_config", "translate"]
 
 LMCACHE_PREFIX = "LMCACHE_"
@@ -34,8 +36,8 @@ _NOTHING = ("", "none", "null")
 
 #: Why a key has no effect, and the keys: LMCache 0.3.9.post2, 0.3.15 and 0.5.6 together.
 _INERT_GROUPS = {
-    "LMKV does not serve LMCache's remote storage; slow tiers are listed under 'tiers'": """
-        remote_url remote_serde audit_actual_remote_url remote_storage_plugins external_lookup_client remote_config_url
+    "LMKV does not serve this remote storage of LMCache's; slow tiers are listed under 'tiers'": """
+        audit_actual_remote_url remote_storage_plugins external_lookup_client remote_config_url
         mp_host mp_port maru_path maru_pool_size weka_path""",
     "LMKV does not serve peer-to-peer or disaggregated prefill": """
         enable_p2p p2p_host p2p_init_ports p2p_lookup_ports enable_pd pd_role pd_buffer_size pd_buffer_device pd_peer_host
@@ -92,12 +94,14 @@ class Translated:
         warnings: one line for each key without effect, and for what was understood only in part.
         names: native key -> the name under which it was written.
         from_lmcache: whether a key was there that only LMCache has.
+        remote: what was said of remote storage; becomes a tier once all of it is known.
     """
 
     settings: dict[str, object] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     from_lmcache: bool = False
+    remote: Remote = field(default_factory=Remote)
 
     def set(self, name: str, key: str, value: object, where: str) -> None:
         """Give the native ``key`` the ``value`` that was written under ``name``."""
@@ -115,6 +119,23 @@ class Translated:
         self.warnings.extend(line for line in later.warnings if line not in self.warnings)
         self.names.update(later.names)
         self.from_lmcache |= later.from_lmcache
+        self.remote.update(later.remote)
+
+    def warn(self, line: str) -> None:
+        """Note a line for the person who wrote the settings, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+
+    def add_remote_tier(self, shadowed: bool = False) -> None:
+        """Append the tier of the remote storage, behind those listed; ``shadowed``: the list is set elsewhere and wins."""
+        tier = remote_tier(self.remote, self.warn)
+        if tier is None:
+            return
+        if shadowed:
+            self.warn(f"{self.remote.names['url']} has no effect: LMKV_TIERS lists the slow tiers")
+            return
+        listed = self.settings.get("tiers") or ()
+        self.settings["tiers"] = [*listed, tier] if isinstance(listed, (list, tuple)) else listed
 
 
 @dataclass(frozen=True)
@@ -190,7 +211,19 @@ def _cache_policy(out: Translated, name: str, value: object, where: str) -> None
 
 
 def _blocking_timeout_secs(out: Translated, name: str, value: object, where: str) -> None:
-    out.set(name, "deadline_seconds", _number(f"{where}: {name}", value, "seconds"), where)
+    seconds = _number(f"{where}: {name}", value, "seconds")
+    out.set(name, "deadline_seconds", seconds, where)
+    out.remote.seconds = seconds
+
+
+def _remote_url(out: Translated, name: str, value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {name}: expected a url such as redis://localhost:6379; got {type(value).__name__}")
+    out.remote.url, out.remote.names["url"] = value, f"{where}: {name}"
+
+
+def _remote_serde(out: Translated, name: str, value: object, where: str) -> None:
+    out.remote.serde, out.remote.names["serde"] = str(value), f"{where}: {name}"
 
 
 def _pin_timeout_sec(out: Translated, name: str, value: object, where: str) -> None:
@@ -207,9 +240,7 @@ def _extra_config(out: Translated, name: str, value: object, where: str) -> None
     bag = parse_yaml(value, f"{where}: {name}") if isinstance(value, str) else value
     if not isinstance(bag, Mapping):
         raise ConfigError(f"{where}: {name}: expected keys and values; got {value!r}")
-    for key, inner in bag.items():
-        if not _is_off(inner):
-            out.warnings.append(f"{where}: {name}.{key} has no effect: LMKV reads nothing from {name}")
+    out.remote.extra, out.remote.names["extra"] = {str(key): inner for key, inner in bag.items()}, f"{where}: {name}"
 
 
 _Converter = Callable[[Translated, str, object, str], None]
@@ -224,6 +255,8 @@ _TRANSLATED: Mapping[str, _Converter] = {
     "pin_timeout_sec": _pin_timeout_sec,
     "pre_caching_hash_algorithm": _hash_algorithm,
     "extra_config": _extra_config,
+    "remote_url": _remote_url,
+    "remote_serde": _remote_serde,
 }
 #: Keys that both projects have (``chunk_size``) count as native: their meaning is the same.
 _NATIVE = frozenset(f.name for f in dataclasses.fields(StoreConfig))
@@ -281,7 +314,9 @@ def translate(mapping: Mapping[str, object], *, where: str = "config") -> Transl
         ConfigError: a key that neither project has (the nearest known one is named), a value of the wrong type, or two names
             of one setting with different values.
     """
-    return _without_unasked_disk(_translate_layer(mapping, where), where)
+    out = _without_unasked_disk(_translate_layer(mapping, where), where)
+    out.add_remote_tier()
+    return out
 
 
 def _environment_layer(environ: Mapping[str, str]) -> Translated:
@@ -327,5 +362,6 @@ def load_config(
         merged.names.pop(key, None)
     merged.update(_translate_layer(overrides or {}, "command line"))
     _without_unasked_disk(merged, "config", shadowed)
+    merged.add_remote_tier("tiers" in shadowed)
     rest = {name: value for name, value in environ.items() if name != CONFIG_FILE_VARIABLE}
     return Loaded(StoreConfig.load(environ=rest, overrides=merged.settings), tuple(merged.warnings))

@@ -9,7 +9,21 @@ from .base import Backend, BackendSettings
 
 __all__ = ["Backend", "BackendSettings", "open_backend"]
 
-_BUILTIN = {"memory": "lmkv.backends.memory:MemoryBackend", "lmdb": "lmkv.backends.lmdb_disk:LmdbBackend"}
+_REDIS = "lmkv.backends.redis.backend:RedisBackend"
+#: By name, or by the scheme of a tier's URL.
+_BUILTIN = {
+    "memory": "lmkv.backends.memory:MemoryBackend",
+    "lmdb": "lmkv.backends.lmdb_disk:LmdbBackend",
+    "redis": _REDIS,
+    "rediss": _REDIS,
+    "unix": _REDIS,
+    "valkey": _REDIS,
+    "valkeys": _REDIS,
+    "redis-sentinel": _REDIS,
+    "rediss-sentinel": _REDIS,
+    "redis-cluster": _REDIS,
+    "rediss-cluster": _REDIS,
+}
 
 
 def open_backend(name: str, settings: BackendSettings) -> Backend:

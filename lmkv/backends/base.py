@@ -7,14 +7,19 @@ factory ``factory(settings: BackendSettings) -> Backend`` under the entry point 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ..chunks import ChunkKey
 from ..layout import KVLayout
 
-__all__ = ["Backend", "BackendSettings", "Bounded", "Clearable", "Entry", "LocalIndex", "Syncing"]
+__all__ = ["Backend", "BackendSettings", "Bounded", "Clearable", "Entry", "LocalIndex", "Syncing", "shown_url"]
+
+
+def _tell_nobody(operation: str, reason: str) -> None:
+    del operation, reason
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,25 @@ class BackendSettings:
         layout: what the records' payloads are.
         capacity: bytes it may hold; 0 = unbounded or bounded by itself.
         options: the tier's ``options``; a backend refuses keys that it does not know with a ConfigError.
+        url: where the storage is, for backends that are named by a URL's scheme; may hold credentials.
+        deadline_seconds: how long one call may take; a backend that waits for others gives up then by itself.
+        report: ``report(operation, reason)`` becomes a ``tier_failed`` event; for what fails in part only, such as one node of
+            several, and so raises nothing.
     """
 
     name: str
     layout: KVLayout
     capacity: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    url: str = field(default="", repr=False)
+    deadline_seconds: float = 2.0
+    report: Callable[[str, str], None] = field(default=_tell_nobody, repr=False)
+
+
+def shown_url(url: str) -> str:
+    """A URL without credentials and query, for messages and events."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 @runtime_checkable

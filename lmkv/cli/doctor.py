@@ -23,7 +23,8 @@ _EXTRAS = {
     "torch": "tensors of engines and models",
     "transformers": "reuse for Hugging Face models, the demo",
     "aiohttp": "the standalone service",
-    "blosc2": "the codec blosc2",
+    "blosc2": "the codec lossless (blosc2)",
+    "redis": "tiers in Redis, Sentinel, Cluster, Valkey",
     "vllm": "the vLLM engine",
     "sglang": "the SGLang engine",
 }

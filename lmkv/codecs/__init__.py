@@ -9,7 +9,13 @@ from .base import Codec
 
 __all__ = ["Codec", "make_codec"]
 
-_BUILTIN = {"raw": "lmkv.codecs.raw:RawCodec", "blosc2": "lmkv.codecs.blosc2:Blosc2Codec"}
+#: ``naive`` and ``lossless`` are what to ask for; records name how their payload is in fact encoded.
+_BUILTIN = {
+    "raw": "lmkv.codecs.raw:RawCodec",
+    "naive": "lmkv.codecs.raw:RawCodec",
+    "blosc2": "lmkv.codecs.blosc2:Blosc2Codec",
+    "lossless": "lmkv.codecs.blosc2:Blosc2Codec",
+}
 
 
 def make_codec(name: str, itemsize: int) -> Codec:

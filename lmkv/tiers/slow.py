@@ -24,6 +24,7 @@ from ..layout import KVLayout
 from ..record import payload_offset, seal, verify
 from .breaker import Breaker
 from .mirror import Mirror
+from .probing import count_leading
 from .ram import NewChunk
 from .readers import Readers
 from .stats import TierStats
@@ -101,7 +102,9 @@ class SlowTier:
             policy, limit = settings.policy, max(1, self._bounded.capacity // smallest)
             make_policy(policy, limit)  # an unknown name is the caller's error now, not the tier's later
             self._mirror = Mirror(self._bounded, lambda: make_policy(policy, limit), config.chain_aware)
-        self.breaker = Breaker(self.name, config.breaker_failures, config.breaker_seconds, emit)
+        self.breaker = Breaker(
+            self.name, config.breaker_failures, config.breaker_seconds, emit, first_seconds=config.breaker_seconds / 32
+        )
         self._threads = config.io_threads
         self._readers = Readers(f"lmkv-{self.name}-read", config.io_threads)
         self._touches: list[list[ChunkKey]] = []
@@ -151,11 +154,11 @@ class SlowTier:
 
     def probe(self, keys: Sequence[ChunkKey]) -> Future[int]:
         """How many leading keys a tier without a local index holds, asked on a thread of the tier's."""
-        return self._readers.submit(lambda: self._guarded("lookup", lambda: self._count_leading(keys), 0))
 
-    def _count_leading(self, keys: Sequence[ChunkKey]) -> int:
-        there = self.backend.contains_many(keys)
-        return there.index(False) if False in there else len(there)
+        def count() -> int:
+            return count_leading(self.backend.contains_many, keys)
+
+        return self._readers.submit(lambda: self._guarded("lookup", count, 0))
 
     def mirror(self) -> tuple[Mirror, threading.Lock] | None:
         """The mirror, caught up, with the lock to hold while using it; ``None`` where the backend lists nothing."""

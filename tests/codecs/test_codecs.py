@@ -42,7 +42,10 @@ def test_names() -> None:
     assert isinstance(make_codec("RAW", 2), RawCodec)
     with pytest.raises(ConfigError, match="did you mean 'blosc2'"):
         make_codec("blosc", 2)
-    with pytest.raises(ConfigError, match="expected one of blosc2, raw"):
+    assert isinstance(make_codec("naive", 2), RawCodec)
+    pytest.importorskip("blosc2")
+    assert make_codec("lossless", 2).name == "blosc2"
+    with pytest.raises(ConfigError, match="expected one of blosc2, lossless, naive, raw"):
         make_codec("zip", 2)
 
 

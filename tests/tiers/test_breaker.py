@@ -87,3 +87,31 @@ def test_of_many_threads_one_may_try() -> None:
     for thread in threads:
         thread.join()
     assert sorted(allowed) == [False] * 7 + [True]
+
+
+def test_each_failed_try_doubles_the_rest_up_to_the_longest() -> None:
+    events: list[Event] = []
+    b = Breaker("remote", 1, 0.08, Emitter(events.append), first_seconds=0.01)
+    for _ in range(6):
+        while not b.allows():
+            time.sleep(0.001)
+        b.failure("read", "x")
+    rests = [float(str(event.detail["seconds"])) for event in events if event.kind == "tier_disabled"]
+    assert len(rests) == 6
+    for rest, wanted in zip(rests, (0.01, 0.02, 0.04, 0.08, 0.08, 0.08), strict=True):
+        assert 0.79 * wanted <= rest <= min(0.08, 1.21 * wanted)
+    while not b.allows():
+        time.sleep(0.001)
+    b.success()
+    b.failure("read", "x")
+    assert float(str(events[-1].detail["seconds"])) <= 0.0121, "a success begins anew"
+
+
+def test_late_failures_do_not_prolong_the_rest() -> None:
+    events: list[Event] = []
+    b = Breaker("remote", 1, 3600.0, Emitter(events.append), first_seconds=0.05)
+    for _ in range(20):
+        b.failure("read", "begun before it opened")
+    assert kinds(events).count("tier_disabled") == 1
+    time.sleep(0.1)
+    assert b.allows()

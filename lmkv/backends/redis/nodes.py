@@ -1,0 +1,249 @@
+"""Connections to the nodes of a Redis, whichever topology it has, from the client library's own pools."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from ...errors import BackendUnavailableError, ConfigError
+from .target import RedisTarget
+from .wire import Wire, WireError
+
+__all__ = ["Nodes", "open_nodes"]
+
+#: How long a node that did not answer is left alone: at first, and at most.
+_FIRST_REST, _LONGEST_REST = 0.25, 4.0
+#: A cluster's map is not fetched more often than this.
+_REFRESH_SECONDS = 0.5
+
+
+class Nodes(Protocol):
+    """Where keys live, and connections to there."""
+
+    def group(self, keys: Sequence[bytes], wanted: Sequence[int]) -> dict[Any, list[int]]:
+        """The wanted indices of ``keys`` by the node that owns them; may ask the servers.
+
+        Raises:
+            BackendUnavailableError: nobody says where they are.
+        """
+
+    def wire(self, node: Any, until: float) -> contextlib.AbstractContextManager[Wire]:
+        """A connection to a node; given back at the end, dropped where the block fails.
+
+        Raises:
+            BackendUnavailableError: no connection, or this node is left alone for the moment.
+        """
+
+    def refresh(self) -> None:
+        """What was known of roles and places is out of date."""
+
+    def masters(self) -> list[Any]:
+        """A client of each node that holds data."""
+
+    def close(self) -> None:
+        """Drop all connections."""
+
+
+def _library() -> Any:
+    try:
+        import redis
+        import redis.backoff
+        import redis.cluster
+        import redis.sentinel
+    except ImportError:
+        raise ConfigError("expected the package redis for this url; it is not installed: pip install 'lmkv[redis]'") from None
+    return redis
+
+
+def open_nodes(target: RedisTarget, deadline: float) -> Nodes:
+    """The nodes of a target; nothing is connected yet.
+
+    Args:
+        deadline: seconds that connecting and logging in may take.
+
+    Raises:
+        ConfigError: the client library is not installed.
+    """
+    redis = _library()
+    # retries are the tier's: the library's own would outlast the deadline
+    limits = {
+        "socket_timeout": deadline,
+        "socket_connect_timeout": deadline,
+        "protocol": 2,
+        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+    }
+    if target.kind == "cluster":
+        return _Cluster(redis, target, limits)
+    return _Single(_pool(redis, target, limits), redis)
+
+
+def _pool(redis: Any, target: RedisTarget, limits: dict[str, Any]) -> Any:
+    common = {**limits, **target.login}
+    if target.kind == "sentinel":
+        each = {
+            **limits,
+            "socket_timeout": limits["socket_timeout"] / 4,
+            "socket_connect_timeout": limits["socket_timeout"] / 4,
+        }
+        if target.tls:
+            each["ssl"] = common["ssl"] = True
+        sentinels = redis.sentinel.Sentinel(target.nodes, sentinel_kwargs={**each, **target.sentinel_login})
+        return redis.sentinel.SentinelConnectionPool(target.master, sentinels, **common)
+    if target.path:
+        socket = redis.connection.UnixDomainSocketConnection
+        return redis.connection.ConnectionPool(connection_class=socket, path=target.path, **common)
+    kind = redis.connection.SSLConnection if target.tls else redis.connection.Connection
+    host, port = target.nodes[0]
+    return redis.connection.ConnectionPool(connection_class=kind, host=host, port=port, **common)
+
+
+@contextlib.contextmanager
+def _wire_of(pool: Any, until: float, redis: Any) -> Iterator[Wire]:
+    """A connection of a pool, as a wire."""
+    try:
+        connection = pool.get_connection()
+    except (redis.RedisError, OSError) as error:
+        raise BackendUnavailableError(f"no connection: {type(error).__name__}: {error}") from None
+    try:
+        wire = Wire(connection._sock, until)
+        try:
+            yield wire
+            wire.rest()
+        except BaseException:
+            connection.disconnect()
+            raise
+    except WireError as error:
+        raise BackendUnavailableError(str(error)) from None
+    finally:
+        with contextlib.suppress(redis.RedisError, OSError):  # a pool that no longer knows who is master can't take it back
+            pool.release(connection)
+
+
+class _Single:
+    """One server, or the master that sentinels name."""
+
+    def __init__(self, pool: Any, redis: Any) -> None:
+        self._pool = pool
+        self._redis = redis
+
+    def group(self, keys: Sequence[bytes], wanted: Sequence[int]) -> dict[Any, list[int]]:
+        """All keys are on the one node."""
+        return {"": list(wanted)} if wanted else {}
+
+    def wire(self, node: Any, until: float) -> contextlib.AbstractContextManager[Wire]:
+        """See :class:`Nodes`."""
+        return _wire_of(self._pool, until, self._redis)
+
+    def refresh(self) -> None:
+        """Connect anew, which asks sentinels who is master now."""
+        self._pool.disconnect(inuse_connections=False)
+
+    def masters(self) -> list[Any]:
+        """See :class:`Nodes`."""
+        return [self._redis.Redis(connection_pool=self._pool)]
+
+    def close(self) -> None:
+        """See :class:`Nodes`."""
+        self._pool.disconnect()
+
+
+class _Cluster:
+    """Several masters, each with a share of the keys; one that does not answer is left alone for a while."""
+
+    def __init__(self, redis: Any, target: RedisTarget, limits: dict[str, Any]) -> None:
+        self._redis = redis
+        self._target = target
+        # with several nodes each gets a part of the time, so that one that hangs does not take it all
+        share = limits["socket_connect_timeout"] / (1 + len(target.nodes))
+        self._limits = {**limits, "socket_timeout": share, "socket_connect_timeout": share}
+        self._lock = threading.Lock()
+        self._cluster: Any = None
+        self._stale = True
+        self._asked = 0.0
+        self._resting: dict[str, tuple[float, float]] = {}
+
+    def _connected(self) -> Any:
+        """The library's cluster with a map that nobody has called stale."""
+        with self._lock:
+            if self._cluster is not None and (not self._stale or time.monotonic() - self._asked < _REFRESH_SECONDS):
+                return self._cluster
+            self._asked = time.monotonic()
+            try:
+                if self._cluster is None:
+                    self._cluster = self._open()
+                else:
+                    self._cluster.nodes_manager.initialize()
+                self._stale = False
+            except (self._redis.RedisError, self._redis.cluster.RedisClusterException, OSError) as error:
+                if self._cluster is None:
+                    raise BackendUnavailableError(f"no node of the cluster answers: {error}") from None
+            return self._cluster
+
+    def _open(self) -> Any:
+        cluster = self._redis.cluster
+        nodes = [cluster.ClusterNode(host, port) for host, port in self._target.nodes]
+        if self._target.tls:
+            return cluster.RedisCluster(
+                startup_nodes=nodes, require_full_coverage=False, ssl=True, **self._limits, **self._target.login
+            )
+        return cluster.RedisCluster(startup_nodes=nodes, require_full_coverage=False, **self._limits, **self._target.login)
+
+    def group(self, keys: Sequence[bytes], wanted: Sequence[int]) -> dict[Any, list[int]]:
+        """See :class:`Nodes`. Keys in a slot that nobody serves belong to the node ``None``."""
+        if not wanted:
+            return {}
+        manager = self._connected().nodes_manager
+        slots = self._redis.crc
+        found: dict[Any, list[int]] = {}
+        for i in wanted:
+            serving = manager.slots_cache.get(slots.key_slot(keys[i]))
+            found.setdefault(serving[0] if serving else None, []).append(i)
+        return found
+
+    @contextlib.contextmanager
+    def wire(self, node: Any, until: float) -> Iterator[Wire]:
+        """See :class:`Nodes`."""
+        if node is None:
+            self.refresh()
+            raise BackendUnavailableError("no node serves these keys now")
+        with self._lock:
+            begin, _ = self._resting.get(node.name, (0.0, 0.0))
+        if time.monotonic() < begin:
+            raise BackendUnavailableError(f"node {node.name} did not answer a moment ago and is left alone")
+        try:
+            pool = self._connected().get_redis_connection(node).connection_pool
+            with _wire_of(pool, until, self._redis) as wire:
+                yield wire
+        except BackendUnavailableError:
+            self._leave_alone(node)
+            raise
+        with self._lock:
+            self._resting.pop(node.name, None)
+
+    def _leave_alone(self, node: Any) -> None:
+        with self._lock:
+            _, rest = self._resting.get(node.name, (0.0, _FIRST_REST / 2))
+            rest = min(_LONGEST_REST, rest * 2)
+            self._resting[node.name] = (time.monotonic() + rest * random.uniform(0.75, 1.25), rest)
+            self._stale = True
+
+    def refresh(self) -> None:
+        """See :class:`Nodes`."""
+        with self._lock:
+            self._stale = True
+
+    def masters(self) -> list[Any]:
+        """See :class:`Nodes`."""
+        cluster = self._connected()
+        return [cluster.get_redis_connection(node) for node in cluster.get_primaries()]
+
+    def close(self) -> None:
+        """See :class:`Nodes`."""
+        with self._lock:
+            if self._cluster is not None:
+                self._cluster.close()
+                self._cluster = None

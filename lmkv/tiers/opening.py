@@ -1,0 +1,53 @@
+"""Opening a slow tier: its backend by name or URL, and the tier around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..backends import BackendSettings, open_backend
+from ..config import StoreConfig, TierConfig
+from ..events import Emitter
+from ..index import Node
+from ..layout import KVLayout
+from .slow import SlowTier
+
+__all__ = ["open_tier"]
+
+
+def open_tier(
+    settings: TierConfig,
+    config: StoreConfig,
+    layout: KVLayout,
+    *,
+    slot_view: Callable[[int], memoryview],
+    release: Callable[[Sequence[Node]], None],
+    emit: Emitter,
+) -> SlowTier:
+    """The tier that the settings describe; the arguments are those of :class:`SlowTier`.
+
+    Raises:
+        ConfigError: an unknown backend, option, policy or codec.
+        BackendUnavailableError: the storage can't be opened now; remote ones connect later, on first use.
+        CapacityError: the capacity is below one chunk.
+    """
+
+    def report(operation: str, reason: str) -> None:
+        emit("tier_failed", settings.name, operation=operation, reason=reason)
+
+    backend = open_backend(
+        settings.backend,
+        BackendSettings(
+            settings.name,
+            layout,
+            settings.capacity,
+            settings.options,
+            url=settings.url,
+            deadline_seconds=settings.deadline_seconds,
+            report=report,
+        ),
+    )
+    try:
+        return SlowTier(settings, config, layout, backend, slot_view=slot_view, release=release, emit=emit)
+    except BaseException:
+        backend.close()
+        raise

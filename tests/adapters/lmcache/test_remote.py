@@ -1,0 +1,115 @@
+"""LMCache's remote storage keys: what tier they become, and that the usual configurations run as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import known_kv
+import pytest
+import servers
+
+import lmkv
+from lmkv.adapters.lmcache import load_config, translate
+
+SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
+LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=256)
+TEXT = list(range(600))
+
+
+def run(path: Path, environ: dict[str, str] | None = None) -> None:
+    """What one process stores under a configuration another finds."""
+    config = load_config(path, environ=environ or {}, overrides={"model": "m"}).config
+    for stored in (600, 0):
+        with lmkv.Store(config, LAYOUT) as store:
+            match = store.lookup(TEXT).wait(10)
+            assert match.hit_tokens == 600 - stored
+            if stored:
+                assert store.store(TEXT, known_kv.source(LAYOUT, TEXT)) == 600
+            else:
+                assert match.tokens_by_tier() == {"remote": 600}
+                assert known_kv.fetch(store, TEXT, match) == 600
+
+
+def with_endpoint(name: str, tmp_path: Path, *replacements: tuple[str, str]) -> Path:
+    text = (SEEDS / name).read_text(encoding="utf-8")
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_redis_runs(tmp_path: Path) -> None:
+    with servers.RedisServer(tmp_path) as server:
+        run(with_endpoint("redis.yaml", tmp_path, ("redis://localhost:6379", server.url)))
+        server.client().flushall()
+        run(Path("/dev/null"), {"LMCACHE_REMOTE_URL": server.url, "LMCACHE_REMOTE_SERDE": "naive"})
+        server.client().flushall()
+        run(with_endpoint("redis.yaml", tmp_path, ("redis://localhost:6379", server.url), ("naive", "cachegen")))
+
+
+def test_redis_sentinel_runs(tmp_path: Path) -> None:
+    with servers.redis_sentinels(tmp_path) as (_, _, url):
+        old = "redis-sentinel://localhost:26379,localhost:26380,localhost:26381"
+        run(with_endpoint("redis-sentinel.yaml", tmp_path, (old, url)))
+
+
+def test_lmcaches_own_server_is_named_as_without_effect() -> None:
+    loaded = load_config(SEEDS / "lmcache-server.yaml", environ={})
+    assert loaded.config.tiers == ()
+    assert any("lm:// has no effect" in line for line in loaded.warnings)
+
+
+@pytest.mark.parametrize(
+    ("written", "tier"),
+    [
+        ({"remote_url": "redis://h:1"}, {"url": "redis://h:1", "codec": "naive"}),
+        ({"remote_url": "redis://h:1", "remote_serde": "lossless"}, {"url": "redis://h:1", "codec": "lossless"}),
+        (
+            {"remote_url": "redis://h:1", "blocking_timeout_secs": 4},
+            {"url": "redis://h:1", "codec": "naive", "deadline_seconds": 4.0},
+        ),
+        (
+            {"remote_url": "valkey://h:1", "extra_config": {"valkey_password": "p", "valkey_database": 2}},
+            {"url": "valkey://h:1", "codec": "naive", "options": {"password": "p", "db": 2}},
+        ),
+    ],
+)
+def test_what_becomes_of_the_keys(written: dict[str, object], tier: dict[str, object]) -> None:
+    out = translate(written)
+    assert out.settings["tiers"] == [{"name": "remote", "options": {}, **tier}]
+    assert out.warnings == []
+    lmkv.StoreConfig.from_dict(out.settings)
+
+
+def test_cachegen_is_replaced_by_lossless_with_a_warning() -> None:
+    out = translate({"remote_url": "redis://h:1", "remote_serde": "cachegen"}, where="lmc.yaml")
+    assert out.settings["tiers"][0]["codec"] == "lossless"  # type: ignore[index]
+    assert any("lmc.yaml: remote_serde: cachegen is not here" in line for line in out.warnings)
+
+
+def test_an_encoding_without_a_place_needs_no_tier() -> None:
+    assert "tiers" not in translate({"remote_serde": "naive"}).settings
+
+
+def test_url_and_encoding_may_come_from_different_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("remote_url: redis://h:1\n")
+    (tier,) = load_config(path, environ={"LMCACHE_REMOTE_SERDE": "lossless"}).config.tiers
+    assert (tier.url, tier.codec) == ("redis://h:1", "lossless")
+    (tier,) = load_config(path, environ={"LMCACHE_REMOTE_URL": "redis://other:2"}).config.tiers
+    assert tier.url == "redis://other:2"
+
+
+def test_it_stands_behind_the_tiers_that_are_listed(tmp_path: Path) -> None:
+    out = translate({"remote_url": "redis://h:1", "tiers": [{"backend": "memory"}]})
+    assert [tier.name for tier in lmkv.StoreConfig.from_dict(out.settings).tiers] == ["memory", "remote"]
+    loaded = load_config(environ={"LMCACHE_REMOTE_URL": "redis://h:1", "LMKV_TIERS": "[{backend: memory}]"})
+    assert [tier.name for tier in loaded.config.tiers] == ["memory"]
+    assert any("LMCACHE_REMOTE_URL" in line and "LMKV_TIERS" in line for line in loaded.warnings)
+
+
+def test_passwords_are_not_shown() -> None:
+    loaded = load_config(environ={"LMCACHE_REMOTE_URL": "redis://user:hush@h:1"})
+    assert "hush" not in repr(loaded)
