@@ -31,6 +31,7 @@ ENGINES = {
     "aiofiles",
     "blosc2",
     "redis",
+    "obstore",
     "gguf",
     "matplotlib",
     "rich",

@@ -19,10 +19,17 @@ _VALKEY_OPTIONS = {
     "valkey_database": "db",
     "valkey_ttl_sec": "ttl_seconds",
 }
+_S3_OPTIONS = {
+    "s3_region": "region",
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "s3_num_io_threads": "concurrency",
+}
 #: What LMCache keeps in ``extra_config`` for a kind of storage: its key -> the option of LMKV's backend.
 _EXTRA: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(_REDIS, _LOGIN),
     **dict.fromkeys(_VALKEY, _VALKEY_OPTIONS),
+    "s3": _S3_OPTIONS,
 }
 #: ``remote_serde`` -> codec.
 _CODECS = {"naive": "naive", "raw": "raw", "lossless": "lossless", "blosc2": "blosc2"}

@@ -23,6 +23,8 @@ _BUILTIN = {
     "rediss-sentinel": _REDIS,
     "redis-cluster": _REDIS,
     "rediss-cluster": _REDIS,
+    "s3": "lmkv.backends.s3:S3Backend",
+    "file": "lmkv.backends.files:FilesBackend",
 }
 
 

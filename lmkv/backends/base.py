@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..chunks import ChunkKey
 from ..layout import KVLayout
 
-__all__ = ["Backend", "BackendSettings", "Bounded", "Clearable", "Entry", "LocalIndex", "Syncing", "shown_url"]
+__all__ = ["AsksEach", "Backend", "BackendSettings", "Bounded", "Clearable", "Entry", "LocalIndex", "Syncing", "shown_url"]
 
 
 def _tell_nobody(operation: str, reason: str) -> None:
@@ -153,6 +153,14 @@ class Syncing(Protocol):
 
     def sync(self) -> None:
         """Return when everything written so far would survive a power loss."""
+
+
+@runtime_checkable
+class AsksEach(Protocol):
+    """A backend for which every key that is asked for costs a request, so that lookups begin with few of them."""
+
+    #: Requests that it keeps under way at once.
+    probe_concurrency: int
 
 
 @runtime_checkable

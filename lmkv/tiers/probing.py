@@ -14,7 +14,9 @@ BATCH = 512
 _SAMPLES = 64
 
 
-def count_leading(contains_many: Callable[[Sequence[ChunkKey]], list[bool]], keys: Sequence[ChunkKey]) -> int:
+def count_leading(
+    contains_many: Callable[[Sequence[ChunkKey]], list[bool]], keys: Sequence[ChunkKey], at_once: int | None = None
+) -> int:
     """How many leading ``keys`` are there, without a gap.
 
     Up to :data:`BATCH` keys are one question. Of more, some spread over the whole are asked first: what stands behind an absent
@@ -22,14 +24,18 @@ def count_leading(contains_many: Callable[[Sequence[ChunkKey]], list[bool]], key
 
     Args:
         contains_many: as of :class:`lmkv.backends.base.Backend`.
+        at_once: where every key costs a request: as many are asked at first, then twice as many each time.
     """
     end = len(keys)
-    if end > BATCH:
+    if at_once is None and end > BATCH:
         places = [i * end // _SAMPLES for i in range(_SAMPLES)]
         there = contains_many([keys[place] for place in places])
         end = next((place for place, held in zip(places, there, strict=True) if not held), end)
-    for begin in range(0, end, BATCH):
-        there = contains_many(keys[begin : min(begin + BATCH, end)])
+    begin, step = 0, at_once or BATCH
+    while begin < end:
+        there = contains_many(keys[begin : min(begin + step, end)])
         if not all(there):
             return begin + there.index(False)
+        begin += step
+        step = min(2 * step, BATCH)
     return end

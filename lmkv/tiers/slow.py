@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..backends.base import Backend, Bounded, Clearable, LocalIndex, Syncing
+from ..backends.base import AsksEach, Backend, Bounded, Clearable, LocalIndex, Syncing
 from ..chunks import TOKEN_BYTES, ChunkKey
 from ..codecs import Codec, make_codec
 from ..config import StoreConfig, TierConfig
@@ -156,7 +156,9 @@ class SlowTier:
         """How many leading keys a tier without a local index holds, asked on a thread of the tier's."""
 
         def count() -> int:
-            return count_leading(self.backend.contains_many, keys)
+            backend = self.backend
+            at_once = backend.probe_concurrency if isinstance(backend, AsksEach) else None
+            return count_leading(self.backend.contains_many, keys, at_once)
 
         return self._readers.submit(lambda: self._guarded("lookup", count, 0))
 

@@ -55,3 +55,11 @@ def test_no_keys_are_no_question() -> None:
     asked = Asked(set())
     assert count_leading(asked, []) == 0
     assert asked.sizes == []
+
+
+@given(st.integers(0, 3000), st.sets(st.integers(0, 2999), max_size=4), st.integers(1, 64))
+def test_where_each_key_costs_a_request_few_are_asked_behind_a_gap(length: int, gaps: set[int], at_once: int) -> None:
+    asked = Asked({KEYS[gap] for gap in gaps})
+    found = count_leading(asked, KEYS[:length], at_once)
+    assert found == min([gap for gap in gaps if gap < length], default=length)
+    assert sum(asked.sizes) <= 3 * found + 2 * at_once

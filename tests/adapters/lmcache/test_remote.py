@@ -71,6 +71,10 @@ def test_lmcaches_own_server_is_named_as_without_effect() -> None:
             {"url": "redis://h:1", "codec": "naive", "deadline_seconds": 4.0},
         ),
         (
+            {"remote_url": "s3://bucket/kv", "extra_config": {"s3_region": "eu-west-1"}},
+            {"url": "s3://bucket/kv", "codec": "naive", "options": {"region": "eu-west-1"}},
+        ),
+        (
             {"remote_url": "valkey://h:1", "extra_config": {"valkey_password": "p", "valkey_database": 2}},
             {"url": "valkey://h:1", "codec": "naive", "options": {"password": "p", "db": 2}},
         ),
