@@ -1,19 +1,21 @@
 """Values as objects of an S3 bucket, through the package ``obstore``: its signing, retries, multipart uploads and ranges.
 
 One object a value, ``<prefix>/<two hex digits>/<chunk key in hex>``, put whole or not at all. Every key costs a request, so
-calls keep several under way at once, on one event loop beside the callers; what has not come when the deadline passes is a
-miss and is cancelled.
+calls keep several under way at once, on threads of their own; what has not come when the deadline passes is a miss, and is not
+copied to where it was meant to go any more.
 """
 
 from __future__ import annotations
 
-import asyncio
+import concurrent.futures
+import contextlib
 import datetime
 import difflib
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from ..chunks import ChunkKey
@@ -70,7 +72,9 @@ class S3Backend:
         #: Requests that a call keeps under way; also how many keys a lookup asks for at first.
         self.probe_concurrency = _concurrency(where, options.get("concurrency", 16))
         self._obstore, self._store = _open(where, parts.netloc, options, self._deadline)
-        self._loop = _Loop()
+        self._lock = threading.Lock()
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"S3Backend({self._shown})"
@@ -81,43 +85,39 @@ class S3Backend:
 
     # -- many requests at once -------------------------------------------------------------------------------------------
 
-    def _each(
-        self, operation: str, count: int, one: Callable[[int], Coroutine[Any, Any, Result]], otherwise: Result, seconds: float
-    ) -> list[Result]:
-        """``one(i)`` for all i, ``otherwise`` for those that failed or were too late.
+    def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
+        with self._lock:
+            if self._closed:
+                raise StoreClosedError("expected an open backend; it was closed")
+            if self._threads is None:
+                self._threads = concurrent.futures.ThreadPoolExecutor(self.probe_concurrency, thread_name_prefix="lmkv-s3")
+            return self._threads
+
+    def _each(self, operation: str, calls: Sequence[Callable[[], Result]], otherwise: Result, seconds: float) -> list[Result]:
+        """What the calls return, ``otherwise`` for those that failed or were too late.
 
         Raises:
             BackendUnavailableError: none of them came. If some did, the rest is reported.
         """
-        results = [otherwise] * count
-        errors: list[str] = []
-        done = 0
-
-        async def run(i: int, limit: asyncio.Semaphore) -> None:
-            nonlocal done
-            async with limit:
-                try:
-                    results[i] = await one(i)
-                    done += 1
-                except Exception as error:  # the library's errors have no narrower base than this
-                    errors.append(_reason(error))
-
-        async def run_all() -> None:
-            limit = asyncio.Semaphore(self.probe_concurrency)
-            tasks = [asyncio.ensure_future(run(i, limit)) for i in range(count)]
-            _, late = await asyncio.wait(tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late, timeout=1.0)  # they hold views of the caller's buffers until then
-                errors.append(f"{len(late)} of {count} requests were not answered within {seconds:.3g} s")
-
-        if count:
-            self._loop.run(run_all())
-        if errors and not done:
+        if not calls:
+            return []
+        pool = self._pool()
+        futures = [pool.submit(call) for call in calls]
+        _, late = concurrent.futures.wait(futures, seconds)
+        for future in late:
+            future.cancel()
+        results: list[Result] = []
+        errors = [f"{len(late)} of {len(calls)} requests were not answered within {seconds:.3g} s"] if late else []
+        for future in futures:
+            error = None if future in late else future.exception()
+            if error is not None:
+                errors.append(_reason(error))
+            results.append(otherwise if future in late or error is not None else future.result())
+        failed = len(late) + len(errors) - bool(late)
+        if failed == len(calls):
             raise BackendUnavailableError(f"{self._shown}: {errors[0]}")
-        if errors:
-            self._report(operation, f"{self._shown}: {len(errors)} of {count} failed: {errors[0]}")
+        if failed:
+            self._report(operation, f"{self._shown}: {failed} of {len(calls)} failed: {errors[0]}")
         return results
 
     # -- Backend ---------------------------------------------------------------------------------------------------------
@@ -125,45 +125,44 @@ class S3Backend:
     def contains_many(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """See :class:`lmkv.backends.base.Backend`. One HEAD request a key."""
 
-        async def one(i: int) -> bool:
+        def ask(path: str) -> bool:
             try:
-                await self._obstore.head_async(self._store, self._path(keys[i]))
+                self._obstore.head(self._store, path)
             except FileNotFoundError:
                 return False
             return True
 
-        return self._each("lookup", len(keys), one, False, self._deadline)
+        return self._each("lookup", [partial(ask, self._path(key)) for key in keys], False, self._deadline)
 
     def read_many(self, keys: Sequence[ChunkKey], out: Sequence[memoryview]) -> list[int | None]:
-        """See :class:`lmkv.backends.base.Backend`. Values of several parts come in ranges at once, all of one version."""
-
-        async def one(i: int) -> int | None:
-            return await self._get(self._path(keys[i]), out[i])
-
-        return self._each("read", len(keys), one, None, self._deadline)
-
-    async def _get(self, path: str, out: memoryview) -> int | None:
+        """See :class:`lmkv.backends.base.Backend`. Values of several parts come in ranges of one version."""
+        places = [_Place(view) for view in out]
         try:
-            got = await self._obstore.get_async(self._store, path, options={"range": (0, self._part)})
+            calls = [partial(self._get, self._path(key), place) for key, place in zip(keys, places, strict=True)]
+            return self._each("read", calls, None, self._deadline)
+        finally:
+            for place in places:
+                place.withdraw()
+
+    def _get(self, path: str, place: _Place) -> int | None:
+        try:
+            got = self._obstore.get(self._store, path, options={"range": (0, self._part)})
         except FileNotFoundError:
             return None
         size = int(got.meta["size"])
-        if size > len(out):
+        if size > place.room or not place.put(0, min(size, self._part), got.bytes()):
             return None
-        rest = [(begin, min(begin + self._part, size)) for begin in range(self._part, size, self._part)]
-        parts = [_receive(got, out[: min(size, self._part)])]
-        parts += [self._get_range(path, got.meta["e_tag"], begin, out[begin:end]) for begin, end in rest]
-        return size if all(await asyncio.gather(*parts)) else None
-
-    async def _get_range(self, path: str, tag: str | None, begin: int, out: memoryview) -> bool:
-        options: dict[str, Any] = {"range": (begin, begin + len(out))}
-        if tag:
-            options["if_match"] = tag
-        try:
-            got = await self._obstore.get_async(self._store, path, options=options)
-        except (FileNotFoundError, self._obstore.exceptions.PreconditionError):  # it was deleted or replaced meanwhile
-            return False
-        return await _receive(got, out)
+        for begin in range(self._part, size, self._part):
+            options: dict[str, Any] = {"range": (begin, min(begin + self._part, size))}
+            if got.meta["e_tag"]:
+                options["if_match"] = got.meta["e_tag"]
+            try:
+                more = self._obstore.get(self._store, path, options=options)
+            except (FileNotFoundError, self._obstore.exceptions.PreconditionError):  # deleted or replaced meanwhile
+                return None
+            if not place.put(begin, min(self._part, size - begin), more.bytes()):
+                return None
+        return size
 
     def write_many(self, keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
         """See :class:`lmkv.backends.base.Backend`. Each value gets the deadline's time of its own.
@@ -172,56 +171,63 @@ class S3Backend:
             BackendUnavailableError: some were not stored.
         """
 
-        async def one(i: int) -> bool:
-            large = len(data[i]) > 2 * self._part
-            await self._obstore.put_async(
-                self._store, self._path(keys[i]), data[i], use_multipart=large, chunk_size=self._part, max_concurrency=4
-            )
+        def put(path: str, piece: memoryview) -> bool:
+            large = len(piece) > 2 * self._part
+            self._obstore.put(self._store, path, piece, use_multipart=large, chunk_size=self._part, max_concurrency=4)
             return True
 
-        stored = self._each("write", len(keys), one, False, self._deadline * max(1, len(keys)))
+        calls = [partial(put, self._path(key), piece) for key, piece in zip(keys, data, strict=True)]
+        stored = self._each("write", calls, False, self._deadline * max(1, len(keys)))
         if not all(stored):
             raise BackendUnavailableError(f"{self._shown}: {stored.count(False)} of {len(keys)} values were not stored")
 
     def delete_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
 
-        async def one(i: int) -> bool:
-            try:
-                await self._obstore.delete_async(self._store, self._path(keys[i]))
-            except FileNotFoundError:
-                return False
-            return True
+        def delete(path: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._obstore.delete(self._store, path)
 
-        self._each("delete", len(keys), one, False, self._deadline)
+        self._each("delete", [partial(delete, self._path(key)) for key in keys], None, self._deadline)
 
     def clear(self) -> None:
         """See :class:`lmkv.backends.base.Clearable`: every object behind the prefix."""
-
-        async def run() -> None:
-            async for batch in self._obstore.list(self._store, prefix=self._folder or None, chunk_size=500):
-                await self._obstore.delete_async(self._store, [item["path"] for item in batch])
-
         try:
-            self._loop.run(run())
-        except Exception as error:
+            for batch in self._obstore.list(self._store, prefix=self._folder or None, chunk_size=500):
+                self._obstore.delete(self._store, [item["path"] for item in batch])
+        except Exception as error:  # the library's errors have no narrower base than this
             raise BackendError(f"{self._shown}: clear: {_reason(error)}") from None
 
     def close(self) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
-        self._loop.close()
+        with self._lock:
+            self._closed = True
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
-async def _receive(got: Any, out: memoryview) -> bool:
-    """The body of a response into its place; ``False`` if it has another length."""
-    done = 0
-    async for piece in got.stream(min_chunk_size=1024**2):
-        view = memoryview(piece)
-        if done + len(view) > len(out):
-            return False
-        out[done : done + len(view)] = view
-        done += len(view)
-    return done == len(out)
+class _Place:
+    """Where a value is to go, until its owner wants the memory back."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._lock = threading.Lock()
+        self._view: memoryview | None = view
+        self.room = len(view)
+
+    def put(self, begin: int, size: int, body: Any) -> bool:
+        """Copy ``body``, which must have that size; ``False`` if it has not, or the place was withdrawn."""
+        piece = memoryview(body)
+        with self._lock:
+            if self._view is None or len(piece) != size:
+                return False
+            self._view[begin : begin + size] = piece
+            return True
+
+    def withdraw(self) -> None:
+        """After this nothing is written there any more."""
+        with self._lock:
+            self._view = None
 
 
 def _reason(error: BaseException) -> str:
@@ -233,43 +239,6 @@ def _reason(error: BaseException) -> str:
     if not said:
         said = "no connection" if "connect" in text.lower() else "no answer" if "timed out" in text.lower() else ""
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-class _Loop:
-    """An event loop on a thread of its own, started on first use."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for ``work``, done on the loop.
-
-        Raises:
-            StoreClosedError: the loop was ended.
-        """
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise StoreClosedError("expected an open backend; it was closed")
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="lmkv-s3", daemon=True)
-                self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def close(self) -> None:
-        """End the thread; nothing may be under way."""
-        with self._lock:
-            self._closed = True
-            loop, thread, self._loop = self._loop, self._thread, None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(5.0)
-            if not thread.is_alive():
-                loop.close()
 
 
 def _open(where: str, bucket: str, options: Mapping[str, Any], deadline: float) -> tuple[Any, Any]:
@@ -291,7 +260,7 @@ def _open(where: str, bucket: str, options: Mapping[str, Any], deadline: float) 
     if "endpoint" in config:
         config.setdefault("region", "us-east-1")
     limit = datetime.timedelta(seconds=deadline)
-    client: dict[str, Any] = {"connect_timeout": limit, "timeout": max(limit * 8, datetime.timedelta(seconds=30))}
+    client: dict[str, Any] = {"connect_timeout": limit, "timeout": limit}
     if str(config.get("endpoint", "")).startswith("http://"):
         client["allow_http"] = True
     retry = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import proxy
 import pytest
 import weed
 
@@ -139,3 +141,19 @@ def test_nobody_there_is_unavailable_in_time() -> None:
     with pytest.raises(BackendUnavailableError):
         backend.contains_many([key(i) for i in range(40)])
     backend.close()
+
+
+def test_what_comes_too_late_is_not_written_any_more(server: weed.S3Server) -> None:
+    with proxy.Proxy(server.port) as between:
+        url = f"s3://kv-cache/late?endpoint=http://127.0.0.1:{between.port}"
+        backend = open_backend("s3", settings(url, 0.5, **LOGIN))
+        backend.write_many([key(1)], [memoryview(b"value" * 1000)])
+        buffer = memoryview(bytearray(5000))
+        between.stall()
+        with pytest.raises(BackendUnavailableError, match="not answered within|Timeout|no answer|GenericError"):
+            backend.read_many([key(1)], [buffer])
+        between.flow()
+        time.sleep(0.3)
+        assert not any(buffer), "the memory may be another chunk's by now"
+        assert backend.read_many([key(1)], [buffer]) == [5000]
+        backend.close()

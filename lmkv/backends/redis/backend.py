@@ -1,4 +1,4 @@
-"""Values in a Redis: small ones under one key, larger ones in parts of 1 MiB, visible once all parts are there.
+"""Values in a Redis: small ones under one key, larger ones in parts of 512 KiB, visible once all parts are there.
 
 A value's *head* stands under ``<prefix>:{<chunk key in hex>}``: 32 bytes that say its size, how it is cut and which write it is
 of, followed by the value itself where it is not cut. Parts stand under ``<prefix>:{<key>}:<write>:<number>``. A write sends the
@@ -32,7 +32,7 @@ _UNCUT = bytes(16)
 _HEAD_RANGE = (b"0", b"%d" % (_HEAD.size - 1))
 _MOST_BYTES = 2**36
 #: Parts whose write ended before its head was set go after this time.
-_UNFINISHED_SECONDS = b"600"
+_UNFINISHED_MS = b"600000"
 #: Replies under way while values are received: enough to keep the server busy, few enough to stay in its caches.
 _WINDOW = 2
 #: How long a server that was full is not asked again.
@@ -90,9 +90,8 @@ class RedisBackend:
         self._report = settings.report
         self._nodes: Nodes = open_nodes(self._target, settings.deadline_seconds)
         self._prefix = self._target.prefix.encode()
-        self._expiry: tuple[bytes, ...] = ()
-        if self._target.ttl_seconds:
-            self._expiry = (b"PX", b"%d" % max(1, round(self._target.ttl_seconds * 1000)))
+        #: Milliseconds after which values go; empty for never.
+        self._expiry = b"%d" % max(1, round(self._target.ttl_seconds * 1000)) if self._target.ttl_seconds else b""
         self._full_until = 0.0
         self._closed = False
 
@@ -109,11 +108,16 @@ class RedisBackend:
         return b"%b:%b:%d" % (name, write.hex().encode(), number)
 
     @staticmethod
-    def _set(wire: Wire, name: bytes, start: bytes, value: memoryview, expiry: tuple[bytes, ...]) -> None:
-        """Send a SET of ``start`` and ``value`` put together."""
+    def _set(wire: Wire, name: bytes, start: bytes, value: memoryview, milliseconds: bytes) -> None:
+        """Send a SET, or with milliseconds a PSETEX, of ``start`` and ``value`` put together.
+
+        The value is the last word: a server then receives it in one piece, to where it stays.
+        """
         size = len(start) + len(value)
-        begin = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b" % (3 + len(expiry), len(name), name, size, start)
-        wire.send(begin, value, b"\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in expiry))
+        expiry = b"$%d\r\n%b\r\n" % (len(milliseconds), milliseconds) if milliseconds else b""
+        verb = b"*4\r\n$6\r\nPSETEX" if milliseconds else b"*3\r\n$3\r\nSET"
+        begin = b"%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b" % (verb, len(name), name, expiry, size, start)
+        wire.send(begin, value, b"\r\n")
 
     # -- talking to nodes ------------------------------------------------------------------------------------------------
 
@@ -292,7 +296,7 @@ class RedisBackend:
         for i in indices:
             for number, (begin, end) in enumerate(heads[i].spans() if heads[i].parts else ()):
                 parts[i].append(self._part(names[i], heads[i].write, number))
-                self._set(wire, parts[i][-1], b"", data[i][begin:end], self._expiry or (b"EX", _UNFINISHED_SECONDS))
+                self._set(wire, parts[i][-1], b"", data[i][begin:end], self._expiry or _UNFINISHED_MS)
         sent = [name for i in indices for name in parts[i]]
         failed = self._first_error(wire.statuses(len(sent)))
         if failed is None:

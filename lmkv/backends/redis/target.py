@@ -41,6 +41,8 @@ _KNOWN = frozenset(
         *tuple(name + end for name in _SECRETS for end in ("", "_env", "_file")),
     )
 )
+#: Two of these under way stay in a core's caches; larger ones were up to twice as slow to receive (docs/benchmarks.md).
+DEFAULT_PART = 512 * 1024
 LEAST_PART, _MOST_PART = 64 * 1024, 64 * 1024**2
 
 
@@ -118,7 +120,7 @@ class RedisTarget:
             master=str(options.get("master") or "mymaster"),
             prefix=str(options.get("prefix", "lmkv")),
             ttl_seconds=_seconds(where, options.get("ttl_seconds", 0)),
-            part_bytes=_part_bytes(where, options.get("part_bytes", 1024**2)),
+            part_bytes=_part_bytes(where, options.get("part_bytes", DEFAULT_PART)),
         )
 
 

@@ -95,22 +95,24 @@ class Wire:
     # -- sending ---------------------------------------------------------------------------------------------------------
 
     def send(self, *pieces: bytes | memoryview) -> None:
-        """Send bytes as they lie, without putting them together first.
+        """Send bytes as they lie, in one system call where the socket takes them, without putting them together first.
 
         Raises:
             WireError: the connection ended, or they did not go out in time.
         """
-        for i, piece in enumerate(pieces):
-            view = memoryview(piece)
-            more = 0 if self._tls or i == len(pieces) - 1 else socket.MSG_MORE
-            while view:
-                self._arm()
-                try:
-                    view = view[self._sock.send(view, more) :]
-                except (BlockingIOError, TimeoutError):
-                    continue  # the next look at the clock says whether there is time left
-                except OSError as error:
-                    raise WireError(f"the connection ended while sending: {error}") from None
+        left = [memoryview(piece) for piece in pieces if len(piece)]
+        while left:
+            self._arm()
+            try:
+                sent = self._sock.send(left[0]) if self._tls else self._sock.sendmsg(left)
+            except (BlockingIOError, TimeoutError):
+                continue  # the next look at the clock says whether there is time left
+            except OSError as error:
+                raise WireError(f"the connection ended while sending: {error}") from None
+            while left and sent >= len(left[0]):
+                sent -= len(left.pop(0))
+            if sent:
+                left[0] = left[0][sent:]
 
     # -- receiving -------------------------------------------------------------------------------------------------------
 

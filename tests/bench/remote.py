@@ -1,0 +1,368 @@
+"""What remote tiers cost, beside their own clients and the bare socket in the same run: ``python tests/bench/remote.py [--json]
+[--only NAME,…]``.
+
+One object a line with ``--json``: name, value, unit, reference, ratio. ``reference`` is the peer's or the limit's figure of the
+same run, taken in turn with ours; ``ratio`` = value / reference, or its inverse where less is better. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+import lmkv
+from lmkv.backends import BackendSettings, open_backend
+from lmkv.chunks import ChunkKey
+from lmkv.codecs import make_codec
+
+Row = dict[str, object]
+LAYOUT = lmkv.KVLayout.dense(layers=28, heads=4, head_size=128, dtype="bfloat16")
+MIB = 1024**2
+ROUNDS = 21
+
+
+def row(name: str, value: float, unit: str, reference: float, less_is_better: bool = False) -> Row:
+    ratio = reference / value if less_is_better else value / reference
+    return {"name": name, "value": round(value, 3), "unit": unit, "reference": round(reference, 3), "ratio": round(ratio, 3)}
+
+
+def in_turn(size: int, before: Callable[[], object] = lambda: None, **calls: Callable[[], object]) -> dict[str, float]:
+    """Median GB/s of each call, the calls taking turns; ``before`` each of them is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(ROUNDS + 2):
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # each comes after each other one
+            call = calls[name]
+            before()
+            begun = time.perf_counter()
+            call()
+            if number >= 2:
+                times[name].append(time.perf_counter() - begun)
+    return {name: size / 1e9 / statistics.median(taken) for name, taken in times.items()}
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(16, "big"))
+
+
+# -- the bare socket ---------------------------------------------------------------------------------------------------------
+
+
+def _peer(listening: socket.socket) -> None:
+    """Sends or takes as many bytes as it is asked to, in parts of the size it is told."""
+    connection, _ = listening.accept()
+    buffer = memoryview(bytearray(b"\1") * (64 * MIB))  # pages of its own, not the one of zeros
+    request = memoryview(bytearray(17))
+    while True:
+        done = 0
+        while done < 17:
+            count = connection.recv_into(request[done:])
+            if not count:
+                return
+            done += count
+        size, part = int.from_bytes(request[1:9], "big"), int.from_bytes(request[9:17], "big")
+        if request[:1] == b"g":
+            for begin in range(0, size, part):
+                connection.sendall(buffer[begin : min(begin + part, size)])
+        else:
+            left = size
+            while left:
+                left -= connection.recv_into(buffer[: min(part, left)], 0, socket.MSG_WAITALL)
+            connection.sendall(b"k")
+
+
+class Loopback:
+    """A connection to another process that does nothing but send and receive."""
+
+    def __init__(self) -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        self._process = multiprocessing.get_context("fork").Process(target=_peer, args=(listening,), daemon=True)
+        self._process.start()
+        self._sock = socket.create_connection(listening.getsockname())
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def get(self, out: memoryview, part: int) -> None:
+        self._sock.sendall(b"g" + len(out).to_bytes(8, "big") + part.to_bytes(8, "big"))
+        for begin in range(0, len(out), part):
+            end = min(begin + part, len(out))
+            got = begin
+            while got < end:
+                got += self._sock.recv_into(out[got:end], 0, socket.MSG_WAITALL)
+
+    def put(self, data: memoryview, part: int) -> None:
+        self._sock.sendall(b"p" + len(data).to_bytes(8, "big") + part.to_bytes(8, "big"))
+        for begin in range(0, len(data), part):
+            self._sock.sendall(data[begin : begin + part])
+        self._sock.recv(1)
+
+    def close(self) -> None:
+        self._sock.close()
+        self._process.join(5)
+
+
+# -- Redis -------------------------------------------------------------------------------------------------------------------
+
+
+def redis_rates() -> Iterator[Row]:
+    """Values of 8 and 14 MiB to and from a Redis, beside redis-py with hiredis and the bare socket."""
+    import redis
+    import servers
+
+    with tempfile.TemporaryDirectory() as folder, servers.RedisServer(Path(folder)) as server:
+        client = redis.Redis(port=server.port, protocol=2)
+        backend = open_backend("redis", BackendSettings("bench", LAYOUT, url=server.url, deadline_seconds=60))
+        bare = Loopback()
+        for megabytes in (8, 14):
+            size = megabytes * MIB
+            data, out = memoryview(np.random.default_rng(1).bytes(size)), memoryview(bytearray(size))
+            whole = bytes(data)
+            parts = (256 * 1024, 512 * 1024, MIB, 2 * MIB)
+            rates = in_turn(
+                size,
+                lambda: (client.delete("peer"), backend.delete_many([key(1)])),  # new values, as a tier writes them
+                ours=lambda data=data: backend.write_many([key(1)], [data]),  # type: ignore[misc]
+                peer=lambda whole=whole: client.set("peer", whole),  # type: ignore[misc]
+                **{f"bare-{part}": lambda data=data, part=part: bare.put(data, part) for part in parts},  # type: ignore[misc]
+            )
+            limit = max(rate for name, rate in rates.items() if name.startswith("bare"))
+            yield row(f"redis_set_{megabytes}mib_against_redis_py", rates["ours"], "GB/s", rates["peer"])
+            yield row(f"redis_set_{megabytes}mib_against_socket", rates["ours"], "GB/s", limit)
+            backend.write_many([key(1)], [data])
+            client.set("peer", whole)
+            rates = in_turn(
+                size,
+                ours=lambda out=out: backend.read_many([key(1)], [out]),  # type: ignore[misc]
+                peer=lambda: client.get("peer"),
+                **{f"bare-{part}": lambda out=out, part=part: bare.get(out, part) for part in parts},  # type: ignore[misc]
+            )
+            assert backend.read_many([key(1)], [out]) == [size]
+            assert out == data
+            limit = max(rate for name, rate in rates.items() if name.startswith("bare"))
+            yield row(f"redis_get_{megabytes}mib_against_redis_py", rates["ours"], "GB/s", rates["peer"])
+            yield row(f"redis_get_{megabytes}mib_against_socket", rates["ours"], "GB/s", limit)
+        bare.close()
+        backend.close()
+
+
+def redis_contains() -> Iterator[Row]:
+    """Asking for 512 keys: round trips, and microseconds beside a pipeline of redis-py."""
+    import proxy
+    import redis
+    import servers
+
+    keys = [key(i) for i in range(512)]
+    with tempfile.TemporaryDirectory() as folder, servers.RedisServer(Path(folder)) as server:
+        with proxy.Proxy(server.port) as between:
+            far = open_backend("redis", BackendSettings("bench", LAYOUT, url=f"redis://127.0.0.1:{between.port}"))
+            far.contains_many(keys[:1])
+            between.turns = 0
+            far.contains_many(keys)
+            yield row("redis_contains_512_round_trips", between.turns, "round trips", 1, less_is_better=True)
+            far.close()
+        client = redis.Redis(port=server.port, protocol=2)
+        backend = open_backend("redis", BackendSettings("bench", LAYOUT, url=server.url))
+
+        def peer() -> None:
+            pipe = client.pipeline(transaction=False)
+            for one in keys:
+                pipe.exists(one)
+            pipe.execute()
+
+        rates = in_turn(1, ours=lambda: backend.contains_many(keys), peer=peer)
+        yield row("redis_contains_512", 1e-3 / rates["ours"], "us", 1e-3 / rates["peer"], less_is_better=True)
+        backend.close()
+
+
+def dead_server() -> Iterator[Row]:
+    """How long requests wait while a Redis stalls: the 99.9th percentile of 2,000, beside the deadline."""
+    import known_kv
+    import proxy
+    import servers
+
+    layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=64, dtype="float16", chunk_tokens=16)
+    deadline = 0.25
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        servers.RedisServer(Path(folder)) as server,
+        proxy.Proxy(server.port) as between,
+    ):
+        tier = lmkv.TierConfig(url=f"redis://127.0.0.1:{between.port}", name="remote", deadline_seconds=deadline)
+        config = lmkv.StoreConfig(ram_capacity=64 * MIB, disk_capacity=0, tiers=(tier,))
+        with lmkv.Store(config, layout) as store:
+            texts = [[number, *range(63)] for number in range(2000)]
+            for text in texts:
+                store.store(text, known_kv.source(layout, text))
+            assert store.flush(60)
+            store._ram.clear()
+            matches = [store.lookup(text).wait(5) for text in texts[:64]]
+            assert all(match.hit_tokens == 64 for match in matches)
+            between.stall()
+            waits = []
+            for number, text in enumerate(texts):
+                begun = time.perf_counter()
+                match = matches[number] if number < len(matches) else store.lookup(text)
+                with store.lease(match):
+                    pass
+                waits.append(time.perf_counter() - begun)
+            between.flow()
+        waits.sort()
+        yield row("stalled_wait_p999", waits[int(len(waits) * 0.999)] * 1e3, "ms", deadline * 1e3, less_is_better=True)
+        yield row("stalled_wait_median", statistics.median(waits) * 1e3, "ms", deadline * 1e3, less_is_better=True)
+
+
+# -- S3 ----------------------------------------------------------------------------------------------------------------------
+
+
+def s3_rates() -> Iterator[Row]:
+    """16 values of 14 MiB from and to a bucket, beside the bare library with as many requests at once."""
+    import obstore
+    import weed
+
+    count, size = 16, 14 * MIB
+    login = {"access_key_id": weed.ACCESS, "secret_access_key": weed.SECRET}
+    with tempfile.TemporaryDirectory() as folder, weed.s3_server(Path(folder)) as server:
+        settings = BackendSettings(
+            "bench",
+            LAYOUT,
+            url=server.url("bench"),
+            deadline_seconds=60,
+            options={**login, "concurrency": 4, "part_bytes": "16MiB"},
+        )
+        backend = open_backend("s3", settings)
+        bucket = server.bucket("kv-cache")
+        data = [memoryview(np.random.default_rng(i).bytes(size)) for i in range(count)]
+        out = [memoryview(bytearray(size)) for _ in range(count)]
+        keys = [key(i) for i in range(count)]
+
+        def at_once(call: Callable[[int], object]) -> None:
+            numbers = iter(range(count))
+            lock = threading.Lock()
+
+            def work() -> None:
+                while True:
+                    with lock:
+                        number = next(numbers, None)
+                    if number is None:
+                        return
+                    call(number)
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        def peer_put(i: int) -> Any:
+            return obstore.put(bucket, f"peer/{i}", data[i], use_multipart=False)
+
+        def peer_get(i: int) -> Any:
+            return obstore.get(bucket, f"peer/{i}").bytes()
+
+        global ROUNDS
+        rounds, ROUNDS = ROUNDS, 5
+        puts = in_turn(count * size, ours=lambda: backend.write_many(keys, data), peer=lambda: at_once(peer_put))
+        gets = in_turn(count * size, ours=lambda: backend.read_many(keys, out), peer=lambda: at_once(peer_get))
+        ROUNDS = rounds
+        assert out == data
+        yield row("s3_put_14mib_by_4", puts["ours"], "GB/s", puts["peer"])
+        yield row("s3_get_14mib_by_4", gets["ours"], "GB/s", gets["peer"])
+        backend.close()
+
+
+# -- the codec ---------------------------------------------------------------------------------------------------------------
+
+
+def real_payloads(count: int) -> list[bytes]:
+    """Payloads of full chunks of SmolLM2-135M-Instruct's KV in bfloat16, reading chapters of Python's manual."""
+    import torch
+
+    from lmkv.adapters.transformers import demo_model, demo_texts
+
+    torch.set_num_threads(2)
+    loaded = demo_model.load(demo_model.prepare(None))
+    model, payloads = loaded.model.to(torch.bfloat16), []
+    for document in demo_texts.documents(None, loaded.tokenizer, 2048):
+        ids = loaded.tokenizer(document.text, return_tensors="pt").input_ids[:, :512]
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+        layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # [kv, heads, tokens, head_size]
+        whole = torch.stack(layers)
+        for begin in range(0, ids.shape[1] - 255, 256):
+            chunk = whole[:, :, :, begin : begin + 256].contiguous()
+            payloads.append(chunk.view(torch.uint8).numpy().tobytes())
+        if len(payloads) >= count:
+            break
+    return payloads[:count]
+
+
+def lossless() -> Iterator[Row]:
+    """Ratio and speed of the codec ``lossless`` on real KV in bfloat16."""
+    payloads = real_payloads(8)
+    codec = make_codec("lossless", 2)
+    encoded = [bytes(codec.encode(memoryview(payload))) for payload in payloads]
+    size = sum(map(len, payloads))
+    yield row("lossless_ratio", size / sum(map(len, encoded)), "", 1.35)
+    out = [memoryview(bytearray(len(payload))) for payload in payloads]
+
+    def decode(first: int) -> None:
+        for i in range(first, len(encoded), 2):
+            codec.decode(memoryview(encoded[i]), out[i])
+
+    def on_two_threads() -> None:
+        other = threading.Thread(target=decode, args=(1,))
+        other.start()
+        decode(0)
+        other.join()
+
+    rates = in_turn(
+        size,
+        two=on_two_threads,
+        one=lambda: (decode(0), decode(1)),
+        encode=lambda: [codec.encode(memoryview(payload)) for payload in payloads],
+    )
+    assert [bytes(view) for view in out] == payloads
+    yield row("lossless_decode_2_threads", rates["two"], "GB/s", 1.5)
+    yield row("lossless_decode_1_thread", rates["one"], "GB/s", 1.5)
+    yield row("lossless_encode_1_thread", rates["encode"], "GB/s", 0.5)
+
+
+ALL = [redis_rates, redis_contains, dead_server, s3_rates, lossless]
+
+
+def main() -> int:
+    """Run the rows and print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--only", default="", help=f"out of {', '.join(part.__name__ for part in ALL)}")
+    args = parser.parse_args()
+    wanted = set(filter(None, args.only.split(",")))
+    for part in ALL:
+        if wanted and part.__name__ not in wanted:
+            continue
+        for found in part():
+            if args.json:
+                print(json.dumps(found), flush=True)
+            else:
+                print(
+                    f"{found['name']:44} {found['value']:10} {found['unit']:12} {found['reference']:10} {found['ratio']:8}",
+                    flush=True,
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
