@@ -32,6 +32,7 @@ ENGINES = {
     "blosc2",
     "redis",
     "obstore",
+    "mooncake",
     "gguf",
     "matplotlib",
     "rich",

@@ -25,11 +25,24 @@ _S3_OPTIONS = {
     "aws_secret_access_key": "secret_access_key",
     "s3_num_io_threads": "concurrency",
 }
+_MOONCAKE_OPTIONS = {
+    **{
+        name: name
+        for name in (
+            *("local_hostname", "metadata_server", "protocol", "device_name"),
+            *("global_segment_size", "local_buffer_size", "master_server_address"),
+        )
+    },
+    "mooncake_prefer_local_alloc": "prefer_local_alloc",
+}
+#: Keys that ask for what LMKV does anyway: a record describes itself, existence is asked in one call.
+_ALWAYS = {"mooncakestore": ("save_chunk_meta", "use_exists_sync")}
 #: What LMCache keeps in ``extra_config`` for a kind of storage: its key -> the option of LMKV's backend.
 _EXTRA: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(_REDIS, _LOGIN),
     **dict.fromkeys(_VALKEY, _VALKEY_OPTIONS),
     "s3": _S3_OPTIONS,
+    "mooncakestore": _MOONCAKE_OPTIONS,
 }
 #: ``remote_serde`` -> codec.
 _CODECS = {"naive": "naive", "raw": "raw", "lossless": "lossless", "blosc2": "blosc2"}
@@ -86,6 +99,7 @@ def remote_tier(remote: Remote, warn: Callable[[str], None]) -> dict[str, object
     tier: dict[str, object] | None = None
     options: dict[str, object] = {}
     known: Mapping[str, str] = {}
+    always: tuple[str, ...] = ()
     if remote.url:
         where = remote.names.get("url", "remote_url")
         scheme, there, rest = remote.url.strip().partition("://")
@@ -97,13 +111,17 @@ def remote_tier(remote: Remote, warn: Callable[[str], None]) -> dict[str, object
         else:
             known = _EXTRA.get(scheme, {})
             tier = {"name": "remote", "url": f"{scheme}://{rest}", "codec": codec, "options": options}
-            if remote.seconds:
-                tier["deadline_seconds"] = remote.seconds
+            always = _ALWAYS.get(scheme, ())
+            seconds = remote.seconds or (remote.extra.get("transfer_timeout") if scheme == "mooncakestore" else None)
+            if seconds:
+                tier["deadline_seconds"] = seconds
     for key, value in remote.extra.items():
         if value is None or value is False or value == "":
             continue
         if key in known:
             options[known[key]] = value
+        elif key in always or (key == "transfer_timeout" and tier and tier.get("deadline_seconds") == value):
+            continue
         else:
             warn(f"{where_extra}.{key} has no effect: LMKV has no use for it")
     return tier

@@ -24,6 +24,7 @@ _BUILTIN = {
     "redis-cluster": _REDIS,
     "rediss-cluster": _REDIS,
     "s3": "lmkv.backends.s3:S3Backend",
+    "mooncakestore": "lmkv.backends.mooncake:MooncakeBackend",
     "file": "lmkv.backends.files:FilesBackend",
 }
 

@@ -24,6 +24,7 @@ _EXTRAS = {
     "transformers": "reuse for Hugging Face models, the demo",
     "aiohttp": "the standalone service",
     "blosc2": "the codec lossless (blosc2)",
+    "mooncake-transfer-engine-non-cuda": "tiers in a Mooncake store",
     "obstore": "tiers in S3 buckets",
     "redis": "tiers in Redis, Sentinel, Cluster, Valkey",
     "vllm": "the vLLM engine",

@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-__all__ = ["RedisServer", "free_ports", "redis_cluster", "redis_sentinels", "until", "valkey_binary"]
+__all__ = ["RedisServer", "free_ports", "listens", "redis_cluster", "redis_sentinels", "until", "valkey_binary"]
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -38,6 +38,12 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise AssertionError(f"expected {count} free ports; got {len(found)}")
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections on a port of loopback."""
+    with socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
 
 
 def valkey_binary() -> str:

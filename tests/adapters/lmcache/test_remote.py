@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import known_kv
+import mooncakes
 import pytest
 import servers
 
@@ -12,19 +13,19 @@ import lmkv
 from lmkv.adapters.lmcache import load_config, translate
 
 SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
-LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=256)
 TEXT = list(range(600))
 
 
 def run(path: Path, environ: dict[str, str] | None = None) -> None:
-    """What one process stores under a configuration another finds."""
+    """What one store keeps under a configuration another finds."""
     config = load_config(path, environ=environ or {}, overrides={"model": "m"}).config
+    layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=config.chunk_size or 256)
     for stored in (600, 0):
-        with lmkv.Store(config, LAYOUT) as store:
+        with lmkv.Store(config, layout) as store:
             match = store.lookup(TEXT).wait(10)
             assert match.hit_tokens == 600 - stored
             if stored:
-                assert store.store(TEXT, known_kv.source(LAYOUT, TEXT)) == 600
+                assert store.store(TEXT, known_kv.source(layout, TEXT)) == 600
             else:
                 assert match.tokens_by_tier() == {"remote": 600}
                 assert known_kv.fetch(store, TEXT, match) == 600
@@ -53,6 +54,37 @@ def test_redis_sentinel_runs(tmp_path: Path) -> None:
     with servers.redis_sentinels(tmp_path) as (_, _, url):
         old = "redis-sentinel://localhost:26379,localhost:26380,localhost:26381"
         run(with_endpoint("redis-sentinel.yaml", tmp_path, (old, url)))
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "port", "size"),
+    [("mooncake", "localhost", 50051, 20 << 30), ("mooncake-decoder", "mooncake-master", 50052, 30 << 30)],
+)
+def test_mooncake_runs(tmp_path: Path, name: str, host: str, port: int, size: int) -> None:
+    with mooncakes.MooncakeMaster(tmp_path) as master:
+        address = f"127.0.0.1:{master.port}"
+        path = with_endpoint(
+            f"{name}.yaml",
+            tmp_path,
+            (f"{host}:{port}", address),
+            (f"http://{host}:8080/metadata", "P2PHANDSHAKE"),
+            (str(size), str(64 << 20)),  # a test machine has less memory
+            (
+                'local_hostname: "localhost"' if host == "localhost" else 'local_hostname: "decoder"',
+                'local_hostname: "127.0.0.1"',
+            ),
+        )
+        config = load_config(path, environ={}, overrides={"model": "m"}).config
+        layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=16)
+        with lmkv.Store(config, layout) as prefiller, lmkv.Store(config, layout) as decoder:  # each lends memory while it lives
+            assert prefiller.lookup(TEXT).wait(10).hit_tokens == 0
+            assert prefiller.store(TEXT, known_kv.source(layout, TEXT)) == 600
+            assert prefiller.flush(30)
+            # the clients' first exchange may take longer than the deadline of 1 s that one of the configurations sets
+            servers.until(lambda: known_kv.fetch(decoder, TEXT, decoder.lookup(TEXT).wait(10)) == 600)
+            assert decoder.stats().tiers[1].read_chunks == 38
+        warnings = load_config(path, environ={}).warnings
+        assert all("extra_config" not in line for line in warnings), warnings
 
 
 def test_lmcaches_own_server_is_named_as_without_effect() -> None:
