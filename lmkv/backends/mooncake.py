@@ -226,7 +226,8 @@ class MooncakeBackend:
             return
         client = self._connected()
         how = self._library.ReplicateConfig()
-        how.prefer_alloc_in_same_node = bool(self._options["prefer_local_alloc"])
+        if self._options["prefer_local_alloc"] and self._options["global_segment_size"]:
+            how.preferred_segment = client.get_hostname()
         names = [self._name(key) for key in keys]
         with self._addresses(client, data) as places:
             there = client.batch_is_exist(names)

@@ -90,6 +90,15 @@ def test_slots_are_registered_once_and_filled_in_place(segment: Any) -> None:
     assert len(segment._registered) == 1, "other memory is not kept registered"
 
 
+def test_memory_of_ones_own_is_preferred(master: mooncakes.MooncakeMaster, segment: Backend) -> None:
+    mine = open_backend("mooncakestore", settings(master.url, prefer_local_alloc="true", **SMALL))
+    keys = [key(1000 + i) for i in range(16)]
+    mine.write_many(keys, [memoryview(bytes([i]) * 1000) for i in range(16)])
+    assert segment.contains_many(keys) == [True] * 16
+    mine.close()
+    assert segment.contains_many(keys) == [False] * 16, "all of it lay in the memory that went"
+
+
 _OTHER_PROCESS = """
 import sys, known_kv, lmkv
 from remote_client import TEXT, Client
