@@ -33,6 +33,7 @@ ENGINES = {
     "redis",
     "obstore",
     "mooncake",
+    "nixl",
     "gguf",
     "matplotlib",
     "rich",

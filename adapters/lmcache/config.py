@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from lmkv.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, parse_yaml, read_yaml
 from lmkv.errors import ConfigError
 
-from .remote import Remote, remote_tier
+from .remote import Remote, remote_tiers
 
 __all__ = ["Loaded", "Translated", "load_config", "translate"]
 
@@ -44,8 +44,8 @@ _INERT_GROUPS = {
         pd_peer_init_port pd_peer_alloc_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_allocation_timeout_sec
         pd_shutdown_timeout_sec pd_condition_poll_interval_sec pd_max_prefill_len pd_backend_mode pd_skip_proxy_notification
         pd_bidirectional transfer_channel enable_xpyd""",
-    "LMKV does not serve NIXL or GPUDirect Storage": """
-        nixl_backends nixl_buffer_size nixl_buffer_device nixl_role nixl_peer_host nixl_peer_init_port nixl_peer_alloc_port
+    "LMKV does not serve NIXL between engines, or GPUDirect Storage": """
+        nixl_backends nixl_role nixl_peer_host nixl_peer_init_port nixl_peer_alloc_port
         nixl_proxy_host nixl_proxy_port enable_nixl gds_path gds_path_sharding gds_buffer_size use_gds gds_backend
         cufile_buffer_size""",
     "LMKV has no controller": """
@@ -127,15 +127,16 @@ class Translated:
             self.warnings.append(line)
 
     def add_remote_tier(self, shadowed: bool = False) -> None:
-        """Append the tier of the remote storage, behind those listed; ``shadowed``: the list is set elsewhere and wins."""
-        tier = remote_tier(self.remote, self.warn)
-        if tier is None:
+        """Append the tiers of remote storage, behind those listed; ``shadowed``: the list is set elsewhere and wins."""
+        tiers = remote_tiers(self.remote, self.warn)
+        if not tiers:
             return
         if shadowed:
-            self.warn(f"{self.remote.names['url']} has no effect: LMKV_TIERS lists the slow tiers")
+            name = self.remote.names.get("url") or self.remote.names.get("extra")
+            self.warn(f"{name} has no effect: LMKV_TIERS lists the slow tiers")
             return
         listed = self.settings.get("tiers") or ()
-        self.settings["tiers"] = [*listed, tier] if isinstance(listed, (list, tuple)) else listed
+        self.settings["tiers"] = [*listed, *tiers] if isinstance(listed, (list, tuple)) else listed
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,12 @@ def _remote_url(out: Translated, name: str, value: object, where: str) -> None:
     out.remote.url, out.remote.names["url"] = value, f"{where}: {name}"
 
 
+def _nixl_buffer(out: Translated, name: str, value: object, where: str) -> None:
+    """Sizes and places of NIXL's staging buffer: for its storage slots take that part, which needs no warning."""
+    out.remote.buffers[name] = value
+    out.remote.names[name] = f"{where}: {name}"
+
+
 def _remote_serde(out: Translated, name: str, value: object, where: str) -> None:
     out.remote.serde, out.remote.names["serde"] = str(value), f"{where}: {name}"
 
@@ -255,6 +262,8 @@ _TRANSLATED: Mapping[str, _Converter] = {
     "pin_timeout_sec": _pin_timeout_sec,
     "pre_caching_hash_algorithm": _hash_algorithm,
     "extra_config": _extra_config,
+    "nixl_buffer_size": _nixl_buffer,
+    "nixl_buffer_device": _nixl_buffer,
     "remote_url": _remote_url,
     "remote_serde": _remote_serde,
 }

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 from lmkv.errors import ConfigError
 
-__all__ = ["Remote", "remote_tier"]
+from .nixl import KEYS as NIXL_KEYS
+from .nixl import nixl_tier
+
+__all__ = ["Remote", "remote_tiers"]
 
 _REDIS = ("redis", "rediss", "unix", "redis-sentinel", "rediss-sentinel", "redis-cluster", "rediss-cluster")
 _VALKEY = ("valkey", "valkeys")
@@ -34,15 +37,22 @@ _MOONCAKE_OPTIONS = {
         )
     },
     "mooncake_prefer_local_alloc": "prefer_local_alloc",
+    "save_chunk_meta": "",  # a record describes itself
+    "use_exists_sync": "",  # existence is one call
+    "transfer_timeout": "",  # becomes the tier's deadline
 }
-#: Keys that ask for what LMKV does anyway: a record describes itself, existence is asked in one call.
-_ALWAYS = {"mooncakestore": ("save_chunk_meta", "use_exists_sync")}
-#: What LMCache keeps in ``extra_config`` for a kind of storage: its key -> the option of LMKV's backend.
+#: What LMCache keeps in ``extra_config`` for a kind of storage: its key -> the option of LMKV's backend; "" for what is served
+#: by itself.
 _EXTRA: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(_REDIS, _LOGIN),
     **dict.fromkeys(_VALKEY, _VALKEY_OPTIONS),
     "s3": _S3_OPTIONS,
     "mooncakestore": _MOONCAKE_OPTIONS,
+}
+#: Storages of LMCache's that are not here, and why.
+_ABSENT = {
+    "lm": "LMKV does not speak to LMCache's own server",
+    "infinistore": "LMKV has no InfiniStore client",
 }
 #: ``remote_serde`` -> codec.
 _CODECS = {"naive": "naive", "raw": "raw", "lossless": "lossless", "blosc2": "blosc2"}
@@ -56,6 +66,7 @@ class Remote:
 
     Args:
         url, serde, seconds: ``remote_url``, ``remote_serde`` and ``blocking_timeout_secs``.
+        buffers: ``nixl_buffer_size`` and ``nixl_buffer_device``.
         extra: ``extra_config``; its keys belong to whatever the URL names.
         names: field -> how it was written, for messages.
     """
@@ -63,6 +74,7 @@ class Remote:
     url: str | None = None
     serde: str | None = None
     seconds: float | None = None
+    buffers: dict[str, object] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
@@ -71,6 +83,7 @@ class Remote:
         self.url = later.url or self.url
         self.serde = later.serde or self.serde
         self.seconds = later.seconds if later.seconds is not None else self.seconds
+        self.buffers.update(later.buffers)
         self.extra = later.extra or self.extra
         self.names.update(later.names)
 
@@ -86,42 +99,52 @@ def _codec(remote: Remote, warn: Callable[[str], None]) -> str:
     raise ConfigError(f"{where}: expected one of {', '.join([*_CODECS, *_LOSSY])}; got {remote.serde!r}")
 
 
-def remote_tier(remote: Remote, warn: Callable[[str], None]) -> dict[str, object] | None:
-    """The tier that the keys describe, in LMKV's names; ``None`` where they describe none.
+def remote_tiers(remote: Remote, warn: Callable[[str], None]) -> list[dict[str, object]]:
+    """The tiers that the keys describe, in LMKV's names: none, ``remote``, ``nixl`` or both.
 
     Args:
         warn: told of every key that has no effect.
 
     Raises:
-        ConfigError: a URL without a scheme, or an encoding that nobody has.
+        ConfigError: a URL without a scheme, an encoding that nobody has, or NIXL storage without a place.
     """
     where_extra = remote.names.get("extra", "extra_config")
-    tier: dict[str, object] | None = None
+    nixl = nixl_tier({**remote.buffers, **remote.extra}, where_extra, warn)
+    if nixl is None:
+        for key in remote.buffers:
+            warn(f"{remote.names[key]} has no effect: NIXL storage is not asked for (extra_config: enable_nixl_storage)")
+    tier, known = _tier_of_url(remote, warn)
     options: dict[str, object] = {}
-    known: Mapping[str, str] = {}
-    always: tuple[str, ...] = ()
-    if remote.url:
-        where = remote.names.get("url", "remote_url")
-        scheme, there, rest = remote.url.strip().partition("://")
-        if not there or not scheme:
-            raise ConfigError(f"{where}: expected scheme://host:port, such as redis://localhost:6379; got no scheme")
-        codec = _codec(remote, warn)
-        if scheme == "lm":
-            warn(f"{where}: lm:// has no effect: LMKV does not speak to LMCache's own server; use redis:// or another storage")
-        else:
-            known = _EXTRA.get(scheme, {})
-            tier = {"name": "remote", "url": f"{scheme}://{rest}", "codec": codec, "options": options}
-            always = _ALWAYS.get(scheme, ())
-            seconds = remote.seconds or (remote.extra.get("transfer_timeout") if scheme == "mooncakestore" else None)
-            if seconds:
-                tier["deadline_seconds"] = seconds
     for key, value in remote.extra.items():
-        if value is None or value is False or value == "":
+        if value is None or value is False or value == "" or (nixl is not None and key in NIXL_KEYS):
             continue
         if key in known:
-            options[known[key]] = value
-        elif key in always or (key == "transfer_timeout" and tier and tier.get("deadline_seconds") == value):
-            continue
+            if known[key]:
+                options[known[key]] = value
         else:
             warn(f"{where_extra}.{key} has no effect: LMKV has no use for it")
-    return tier
+    if tier is not None:
+        tier["options"] = options
+    tiers = [found for found in (tier, nixl) if found is not None]
+    for found in tiers:
+        if remote.seconds:
+            found["deadline_seconds"] = remote.seconds
+    return tiers
+
+
+def _tier_of_url(remote: Remote, warn: Callable[[str], None]) -> tuple[dict[str, object] | None, Mapping[str, str]]:
+    """The tier of ``remote_url``, and which keys of ``extra_config`` are options of its backend."""
+    if not remote.url:
+        return None, {}
+    where = remote.names.get("url", "remote_url")
+    scheme, there, rest = remote.url.strip().partition("://")
+    if not there or not scheme:
+        raise ConfigError(f"{where}: expected scheme://host:port, such as redis://localhost:6379; got no scheme")
+    codec = _codec(remote, warn)
+    if scheme in _ABSENT:
+        warn(f"{where}: {scheme}:// has no effect: {_ABSENT[scheme]}; use redis:// or another storage")
+        return None, {}
+    tier: dict[str, object] = {"name": "remote", "url": f"{scheme}://{rest}", "codec": codec}
+    if scheme == "mooncakestore" and remote.extra.get("transfer_timeout"):
+        tier["deadline_seconds"] = remote.extra["transfer_timeout"]
+    return tier, _EXTRA.get(scheme, {})

@@ -25,6 +25,7 @@ _BUILTIN = {
     "rediss-cluster": _REDIS,
     "s3": "lmkv.backends.s3:S3Backend",
     "mooncakestore": "lmkv.backends.mooncake:MooncakeBackend",
+    "nixl": "lmkv.backends.nixl:NixlBackend",
     "file": "lmkv.backends.files:FilesBackend",
 }
 

@@ -37,21 +37,47 @@ class FilesBackend:
         where = f"tier {settings.name}"
         if settings.options:
             raise ConfigError(f"{where}: expected no options for a shared directory; got {sorted(settings.options)}")
-        if settings.capacity:
-            raise ConfigError(
-                f"{where}: expected no capacity for a shared directory, which keeps no quota; got {settings.capacity}"
-            )
         parts = urllib.parse.urlsplit(settings.url)
         path = urllib.parse.unquote(parts.path)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost") or path in ("", "/"):
             raise ConfigError(f"{where}: expected a url such as file:///mnt/shared/kv; got {settings.url!r}")
         if parts.query:
             raise ConfigError(f"{where}: expected no options for a shared directory; got {parts.query!r}")
-        self._folder = Path(path)
+        self._use(settings, Path(path))
+
+    def _use(self, settings: BackendSettings, folder: Path) -> None:
+        if settings.capacity:
+            raise ConfigError(
+                f"tier {settings.name}: expected no capacity: a shared directory keeps no quota; got {settings.capacity}"
+            )
+        self._folder = folder
         self._closed = False
 
+    # -- how bytes move: another mover may take their place ---------------------------------------------------------------
+
+    def _flags(self, view: memoryview, size: int) -> int:
+        """Further flags to open a file with, of which ``size`` bytes will be moved from or to ``view``."""
+        del view, size
+        return 0
+
+    def _fill(self, file: int, out: memoryview) -> bool:
+        """Read exactly ``out`` from the file's beginning; ``False`` if it ends before."""
+        done = 0
+        while done < len(out):
+            count = os.readv(file, [out[done:]])
+            if not count:
+                return False
+            done += count
+        return True
+
+    def _drain(self, file: int, data: memoryview) -> None:
+        """Write all of ``data`` to the file's beginning."""
+        done = 0
+        while done < len(data):
+            done += os.write(file, data[done:])
+
     def __repr__(self) -> str:
-        return f"FilesBackend({self._folder})"
+        return f"{type(self).__name__}({self._folder})"
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -84,23 +110,16 @@ class FilesBackend:
         with self._translated():
             return [self._read(self._path(key), buffer) for key, buffer in zip(keys, out, strict=True)]
 
-    @staticmethod
-    def _read(path: Path, out: memoryview) -> int | None:
+    def _read(self, path: Path, out: memoryview) -> int | None:
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            size = os.fstat(file).st_size
+            size = os.stat(path).st_size
             if size > len(out):
                 return None
-            done = 0
-            while done < size:
-                count = os.readv(file, [out[done:size]])
-                if not count:  # somebody cut it meanwhile
-                    return None
-                done += count
-            return size
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | self._flags(out, size))
+        except FileNotFoundError:
+            return None
+        try:  # a file that was replaced by a longer one meanwhile is cut here, and found out by whoever verifies
+            return size if self._fill(file, out[:size]) else None
         finally:
             os.close(file)
 
@@ -115,10 +134,9 @@ class FilesBackend:
                     self._remove(keys)
                 raise
 
-    @staticmethod
-    def _write(path: Path, data: memoryview) -> None:
+    def _write(self, path: Path, data: memoryview) -> None:
         unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_UNFINISHED}")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._flags(data, len(data))
         try:
             file = os.open(unfinished, flags, 0o666)
         except FileNotFoundError:
@@ -126,9 +144,7 @@ class FilesBackend:
             file = os.open(unfinished, flags, 0o666)
         try:
             try:
-                done = 0
-                while done < len(data):
-                    done += os.write(file, data[done:])
+                self._drain(file, data)
             finally:
                 os.close(file)  # network file systems tell of a full disk only here
             os.replace(unfinished, path)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import StoreConfig, cache_home
-from ..errors import LMKVError
+from ..errors import ConfigError, LMKVError
 
 __all__ = ["examine", "main"]
 
@@ -25,6 +25,7 @@ _EXTRAS = {
     "aiohttp": "the standalone service",
     "blosc2": "the codec lossless (blosc2)",
     "mooncake-transfer-engine-non-cuda": "tiers in a Mooncake store",
+    "nixl": "tiers through NIXL",
     "obstore": "tiers in S3 buckets",
     "redis": "tiers in Redis, Sentinel, Cluster, Valkey",
     "vllm": "the vLLM engine",
@@ -69,6 +70,16 @@ def _memory() -> str:
     return f"{pages * size / 2**30:.1f} GiB"
 
 
+def _nixl_plugins() -> str:
+    from ..backends.nixl import plugin_states
+
+    try:
+        states = plugin_states()
+    except ConfigError:
+        return "NIXL is not installed"
+    return ", ".join(f"{name}: {f'does not load ({state})' if state else 'loads'}" for name, state in states.items())
+
+
 def _nearest(path: Path) -> Path:
     while not path.exists():
         path = path.parent
@@ -101,6 +112,7 @@ def examine() -> dict[str, dict[str, str]]:
             "memory": _memory(),
             "gpu": _gpu(),
             "gpu kernels": _kernels(),
+            "NIXL plugins": _nixl_plugins(),
             "shared slots": "to be had" if hasattr(os, "memfd_create") else "not to be had: memfd is missing",
             "cache directory": f"{home}, {'writable' if writable else 'NOT writable'}, {free:.1f} GiB free",
         },

@@ -27,7 +27,9 @@ class Client:
     def __init__(self, url: str, **settings: Any) -> None:
         self.events: list[lmkv.Event] = []
         options = settings.pop("options", {"part_bytes": 65536})
-        tier = lmkv.TierConfig(url=url, name="remote", deadline_seconds=DEADLINE, options=options)
+        tier = lmkv.TierConfig(
+            url=url, backend=settings.pop("backend", ""), name="remote", deadline_seconds=DEADLINE, options=options
+        )
         config = lmkv.StoreConfig(
             model="m", ram_capacity=8 << 20, disk_capacity=0, tiers=(tier,), breaker_failures=3, **settings
         )

@@ -8,6 +8,7 @@ import known_kv
 import mooncakes
 import pytest
 import servers
+import weed
 
 import lmkv
 from lmkv.adapters.lmcache import load_config, translate
@@ -16,7 +17,7 @@ SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
 TEXT = list(range(600))
 
 
-def run(path: Path, environ: dict[str, str] | None = None) -> None:
+def run(path: Path, environ: dict[str, str] | None = None, tier: str = "remote") -> None:
     """What one store keeps under a configuration another finds."""
     config = load_config(path, environ=environ or {}, overrides={"model": "m"}).config
     layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=config.chunk_size or 256)
@@ -27,7 +28,7 @@ def run(path: Path, environ: dict[str, str] | None = None) -> None:
             if stored:
                 assert store.store(TEXT, known_kv.source(layout, TEXT)) == 600
             else:
-                assert match.tokens_by_tier() == {"remote": 600}
+                assert match.tokens_by_tier() == {tier: 600}
                 assert known_kv.fetch(store, TEXT, match) == 600
 
 
@@ -87,6 +88,48 @@ def test_mooncake_runs(tmp_path: Path, name: str, host: str, port: int, size: in
         assert all("extra_config" not in line for line in warnings), warnings
 
 
+def test_nixl_posix_runs(tmp_path: Path) -> None:
+    path = with_endpoint("nixl-posix.yaml", tmp_path, ("/mnt/nixl/cache/", str(tmp_path / "cache")))
+    assert load_config(path, environ={}).warnings == ()
+    run(path, tier="nixl")
+    assert any((tmp_path / "cache").rglob("*"))
+
+
+def test_nixl_obj_runs_on_a_bucket(tmp_path: Path) -> None:
+    with weed.s3_server(tmp_path) as server:
+        path = with_endpoint(
+            "nixl-obj.yaml",
+            tmp_path,
+            ("<your_access_key>", weed.ACCESS),
+            ("<your_secret_key>", weed.SECRET),
+            ("<your_bucket>", "kv-cache"),
+            ("<your_region>", f"us-east-1\n    endpoint_override: {server.endpoint}"),
+        )
+        (line,) = load_config(path, environ={}).warnings
+        assert "OBJ is served by s3://" in line
+        assert weed.SECRET not in repr(load_config(path, environ={}))
+        run(path, tier="nixl")
+
+
+def test_infinistore_is_named_as_without_effect() -> None:
+    loaded = load_config(SEEDS / "infinistore.yaml", environ={})
+    assert loaded.config.tiers == ()
+    assert any("infinistore:// has no effect" in line for line in loaded.warnings)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"nixl_backend": "POSIX"}, "nixl_path: expected the directory"),
+        ({"nixl_backend": "OBJ"}, "expected the bucket"),
+        ({"nixl_path": "/x", "nixl_backend_params": 3}, "nixl_backend_params: expected keys and values"),
+    ],
+)
+def test_nixl_storage_without_a_place_is_refused(extra: dict[str, object], message: str) -> None:
+    with pytest.raises(lmkv.ConfigError, match=message):
+        translate({"extra_config": {"enable_nixl_storage": True, **extra}})
+
+
 def test_lmcaches_own_server_is_named_as_without_effect() -> None:
     loaded = load_config(SEEDS / "lmcache-server.yaml", environ={})
     assert loaded.config.tiers == ()
@@ -114,7 +157,7 @@ def test_lmcaches_own_server_is_named_as_without_effect() -> None:
 )
 def test_what_becomes_of_the_keys(written: dict[str, object], tier: dict[str, object]) -> None:
     out = translate(written)
-    assert out.settings["tiers"] == [{"name": "remote", "options": {}, **tier}]
+    assert out.settings["tiers"] == [{"name": "remote", "options": {}, **tier}], out
     assert out.warnings == []
     lmkv.StoreConfig.from_dict(out.settings)
 
