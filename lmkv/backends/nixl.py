@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import mmap
 import os
 import threading
@@ -172,6 +173,9 @@ def _library() -> Any:
         import nixl._api
     except ImportError as error:
         raise ConfigError(f"expected the package nixl; got: {error}: pip install 'lmkv[nixl]'") from None
+    logger = logging.getLogger("nixl")
+    if logger.level == logging.INFO:  # its default, on standard output, where programs write their results
+        logger.setLevel(logging.WARNING)
     return nixl._api
 
 

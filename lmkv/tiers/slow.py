@@ -82,6 +82,9 @@ class SlowTier:
         self.backend = backend
         self.local = backend if isinstance(backend, LocalIndex) else None
         self.evictions = self.read_chunks = self.written_chunks = 0
+        self._moved = {"read": [0, 0.0], "write": [0, 0.0]}  # bytes, seconds
+        self._failures = self._dropped = 0
+        self._counting = threading.Lock()
         self._offset = payload_offset(layout.chunk_tokens)
         self._slot_view = slot_view
         self._release = release
@@ -126,10 +129,15 @@ class SlowTier:
         try:
             result = call()
         except Exception as error:  # the tier boundary
+            self._failures += 1
             self.breaker.failure(operation, f"{type(error).__name__}: {error}")
             return otherwise
         seconds = time.monotonic() - begun
+        if operation in self._moved:
+            with self._counting:
+                self._moved[operation][1] += seconds
         if seconds > self.deadline and operation in ("lookup", "read"):  # too late for whoever asked
+            self._failures += 1
             self.breaker.failure(operation, f"answered after {seconds:.3g} s; the deadline is {self.deadline} s")
         else:
             self.breaker.success()
@@ -211,7 +219,9 @@ class SlowTier:
                 self._emit("corrupt", self.name, key=chunk.key.hex(), reason=str(error))
                 self.delete([chunk.key])
                 done.append(False)
-        self.read_chunks += sum(done)
+        with self._counting:
+            self.read_chunks += sum(done)
+            self._moved["read"][0] += sum(size for size, good in zip(sizes, done, strict=True) if size and good)
         return done
 
     def _unpack(self, chunk: NewChunk, record: memoryview) -> None:
@@ -255,6 +265,7 @@ class SlowTier:
         chunks = [write.node for write in writes if write.node is not None]
         if chunks:
             self._release(chunks)
+            self._dropped += len(chunks)
             self._emit("write_dropped", self.name, chunks=len(chunks), reason=reason)
 
     def _write(self, writes: list[Write]) -> None:
@@ -263,6 +274,7 @@ class SlowTier:
         try:
             self._note_touches()
             if chunks and not self._guarded("write", lambda: self._store(chunks), False):
+                self._dropped += len(chunks)
                 self._emit("write_dropped", self.name, chunks=len(chunks), reason="the tier failed or has no room")
         finally:
             self._release(nodes)
@@ -287,7 +299,9 @@ class SlowTier:
         stored = self._put([missing[i] for i in order], [records[i] for i in order])
         if stored:
             size = sum(map(len, records))
-            self.written_chunks += len(missing)
+            with self._counting:
+                self.written_chunks += len(missing)
+                self._moved["write"][0] += size
             tokens = sum(len(chunk.piece) for chunk in missing) // TOKEN_BYTES
             self._emit("stored", self.name, chunks=len(missing), tokens=tokens, bytes=size)
             self._drop_covered(missing)
@@ -432,6 +446,12 @@ class SlowTier:
             evictions=self.evictions,
             waiting_writes=len(self.writer),
             enabled=not self.breaker.open,
+            read_bytes=int(self._moved["read"][0]),
+            written_bytes=int(self._moved["write"][0]),
+            read_seconds=self._moved["read"][1],
+            written_seconds=self._moved["write"][1],
+            failures=self._failures,
+            dropped_writes=self._dropped,
         )
 
     def _check(self) -> None:

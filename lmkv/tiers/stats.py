@@ -18,6 +18,10 @@ class TierStats:
         hit_tokens: tokens that leases took from it.
         read_chunks, written_chunks: records read from and written to it (0 for RAM).
         evictions: chunks that it gave up for room.
+        read_bytes, written_bytes: of the records read and written, as they are kept there.
+        read_seconds, written_seconds: that its backend took for them, on all threads together.
+        failures: calls that failed or came too late.
+        dropped_writes: chunks that were not written: the queue was full, their slots were needed, or the tier failed.
         waiting_writes: chunks on their way to it.
         enabled: not switched off by its breaker.
     """
@@ -32,3 +36,9 @@ class TierStats:
     evictions: int = 0
     waiting_writes: int = 0
     enabled: bool = True
+    read_bytes: int = 0
+    written_bytes: int = 0
+    read_seconds: float = 0.0
+    written_seconds: float = 0.0
+    failures: int = 0
+    dropped_writes: int = 0

@@ -283,6 +283,70 @@ def s3_rates() -> Iterator[Row]:
         backend.close()
 
 
+# -- Mooncake ----------------------------------------------------------------------------------------------------------------
+
+_HOLDER = """
+import sys, mmap
+import lmkv
+from lmkv.backends import BackendSettings, open_backend
+from lmkv.chunks import ChunkKey
+layout = lmkv.KVLayout.dense(layers=28, heads=4, head_size=128, dtype="bfloat16")
+options = {"global_segment_size": 1 << 30, "local_buffer_size": 1 << 26, "prefer_local_alloc": True}
+settings = BackendSettings("holder", layout, url=sys.argv[1], options=options, deadline_seconds=60)
+backend = open_backend("mooncakestore", settings)
+data = memoryview(mmap.mmap(-1, 16 << 20))
+data[:] = bytes(range(256)) * (1 << 16)
+for number in range(8):
+    backend.write_many([ChunkKey(number.to_bytes(16, "big"))], [data])
+print("ready", flush=True)
+sys.stdin.read()
+backend.close()
+"""
+
+
+def mooncake_rates() -> Iterator[Row]:
+    """Values of 16 MiB out of another process's memory, into slots, beside the bare client's ``get_into``."""
+    import mmap
+    import subprocess
+
+    import mooncakes
+    from mooncake.store import MooncakeDistributedStore
+
+    size, count = 16 * MIB, 8
+    with tempfile.TemporaryDirectory() as folder, mooncakes.MooncakeMaster(Path(folder)) as master:
+        holder = subprocess.Popen(
+            [sys.executable, "-c", _HOLDER, master.url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert holder.stdout is not None
+        assert b"ready" in holder.stdout.readline()
+        options = {"global_segment_size": 0, "local_buffer_size": 64 * MIB}
+        backend: Any = open_backend(
+            "mooncakestore", BackendSettings("bench", LAYOUT, url=master.url, options=options, deadline_seconds=60)
+        )
+        slots = memoryview(mmap.mmap(-1, count * size))
+        out = [slots[i * size : (i + 1) * size] for i in range(count)]
+        keys = [key(i) for i in range(count)]
+        bare = MooncakeDistributedStore()
+        bare.setup("127.0.0.1", "P2PHANDSHAKE", 0, 64 * MIB, "tcp", "", f"127.0.0.1:{master.port}")
+        target = np.frombuffer(mmap.mmap(-1, count * size), np.uint8)
+        address = target.__array_interface__["data"][0]
+        bare.register_buffer(address, target.nbytes)
+
+        def peer() -> None:
+            for i in range(count):
+                bare.get_into(f"lmkv-{keys[i].hex()}", address + i * size, size)
+
+        rates = in_turn(count * size, ours=lambda: backend.read_many(keys, out), peer=peer)
+        assert slots[:size] == target[:size].tobytes() == bytes(range(256)) * (1 << 16)
+        yield row("mooncake_get_16mib", rates["ours"], "GB/s", rates["peer"])
+        backend.close()
+        bare.close()
+        holder.communicate(b"", timeout=30)
+
+
 # -- the codec ---------------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +404,7 @@ def lossless() -> Iterator[Row]:
     yield row("lossless_encode_1_thread", rates["encode"], "GB/s", 0.5)
 
 
-ALL = [redis_rates, redis_contains, dead_server, s3_rates, lossless]
+ALL = [redis_rates, redis_contains, dead_server, s3_rates, mooncake_rates, lossless]
 
 
 def main() -> int:

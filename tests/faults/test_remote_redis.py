@@ -35,7 +35,10 @@ def test_what_one_store_wrote_another_loads(client: Any, server: servers.RedisSe
     assert client(server.url).put()
     second = client(server.url)
     assert second.get() == 100
-    assert second.store.stats().tiers[1].read_chunks == 7
+    stats = second.store.stats().tiers[1]
+    assert (stats.read_chunks, stats.failures, stats.dropped_writes) == (7, 0, 0)
+    assert stats.read_bytes == 7 * 4096 + 100 * LAYOUT.token_bytes
+    assert stats.read_seconds > 0
     assert "tier_failed" not in second.kinds()
 
 
@@ -74,6 +77,9 @@ def test_killed_and_started_again(client: Any, server: servers.RedisServer) -> N
     assert mine.store.store(other_text(1), known_kv.source(LAYOUT, other_text(1))) == 101, "storing in RAM does not suffer"
     assert "tier_failed" in mine.kinds()
     assert "tier_disabled" in mine.kinds()
+    stats = mine.store.stats().tiers[1]
+    assert stats.failures >= 3
+    assert stats.written_bytes == 7 * 4096 + 100 * LAYOUT.token_bytes
     server.start()
     assert until_served(mine, 10) < 5
     assert "tier_enabled" in mine.kinds() or mine.store.stats().tiers[1].enabled
