@@ -201,7 +201,7 @@ class _Cluster:
         found: dict[Any, list[int]] = {}
         for i in wanted:
             serving = manager.slots_cache.get(slots.key_slot(keys[i]))
-            found.setdefault(serving[0] if serving else None, []).append(i)
+            found.setdefault(serving[0].name if serving else None, []).append(i)
         return found
 
     @contextlib.contextmanager
@@ -211,24 +211,28 @@ class _Cluster:
             self.refresh()
             raise BackendUnavailableError("no node serves these keys now")
         with self._lock:
-            begin, _ = self._resting.get(node.name, (0.0, 0.0))
+            begin, _ = self._resting.get(node, (0.0, 0.0))
         if time.monotonic() < begin:
-            raise BackendUnavailableError(f"node {node.name} did not answer a moment ago and is left alone")
+            raise BackendUnavailableError(f"node {node} did not answer a moment ago and is left alone")
         try:
-            pool = self._connected().get_redis_connection(node).connection_pool
+            cluster = self._connected()
+            found = cluster.get_node(node_name=node)
+            if found is None:
+                raise BackendUnavailableError(f"node {node} is no longer part of the cluster")
+            pool = cluster.get_redis_connection(found).connection_pool
             with _wire_of(pool, until, self._redis) as wire:
                 yield wire
         except BackendUnavailableError:
             self._leave_alone(node)
             raise
         with self._lock:
-            self._resting.pop(node.name, None)
+            self._resting.pop(node, None)
 
-    def _leave_alone(self, node: Any) -> None:
+    def _leave_alone(self, node: str) -> None:
         with self._lock:
-            _, rest = self._resting.get(node.name, (0.0, _FIRST_REST / 2))
+            _, rest = self._resting.get(node, (0.0, _FIRST_REST / 2))
             rest = min(_LONGEST_REST, rest * 2)
-            self._resting[node.name] = (time.monotonic() + rest * random.uniform(0.75, 1.25), rest)
+            self._resting[node] = (time.monotonic() + rest * random.uniform(0.75, 1.25), rest)
             self._stale = True
 
     def refresh(self) -> None:
