@@ -284,4 +284,3 @@ def rows() -> Iterator[Row]:
     slots.fill()
     yield from copies(gpu, slots, plain)
     yield from pool_start()
-
