@@ -118,6 +118,14 @@ class Gpu:
             raise NativeError(f"expected to learn the device's {name!r}; the driver does not tell")
         return _text(text)
 
+    def numa_node(self) -> int | None:
+        """The NUMA node that the device hangs on (sysfs), ``None`` where the machine has one node only or does not tell."""
+        try:
+            node = int(Path(f"/sys/bus/pci/devices/{self.fact('pci').lower()}/numa_node").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+        return node if node >= 0 else None
+
     def tune(self, options: GpuOptions) -> None:
         """Change how copies are made from now on.
 

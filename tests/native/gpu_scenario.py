@@ -187,6 +187,7 @@ def shared_pools() -> None:
 if __name__ == "__main__":
     assert count() == 1
     assert Gpu.of(0).fact("name") == "Emulated"
+    assert Gpu.of(0).numa_node() is None  # there is no such device on the bus
     copies()
     stores()
     shared_pools()
