@@ -89,7 +89,7 @@ class RedisBackend:
         self._deadline = settings.deadline_seconds
         self._report = settings.report
         self._nodes: Nodes = open_nodes(self._target, settings.deadline_seconds)
-        self._prefix = self._target.prefix.encode()
+        self._before = self._target.prefix.encode() + b":{"
         #: Milliseconds after which values go; empty for never.
         self._expiry = b"%d" % max(1, round(self._target.ttl_seconds * 1000)) if self._target.ttl_seconds else b""
         self._full_until = 0.0
@@ -101,7 +101,7 @@ class RedisBackend:
     # -- names and commands ----------------------------------------------------------------------------------------------
 
     def _name(self, key: ChunkKey) -> bytes:
-        return b"%b:{%b}" % (self._prefix, key.hex().encode())
+        return self._before + key.hex().encode() + b"}"
 
     @staticmethod
     def _part(name: bytes, write: bytes, number: int) -> bytes:
@@ -171,7 +171,8 @@ class RedisBackend:
         there = [False] * len(keys)
 
         def step(wire: Wire, indices: list[int]) -> None:
-            wire.send(b"".join(command(b"EXISTS", names[i]) for i in indices))
+            verb = b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n" % len(names[0])  # names are all of one length
+            wire.send(verb + (b"\r\n" + verb).join(names[i] for i in indices) + b"\r\n")
             replies = wire.statuses(len(indices))
             for i, reply in zip(indices, replies, strict=True):
                 if isinstance(reply, ErrorReply):

@@ -10,7 +10,6 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
 
 __all__ = ["ErrorReply", "Wire", "WireError", "command"]
 
@@ -198,18 +197,33 @@ class Wire:
         Raises:
             WireError: the connection ended, or what came is something else.
         """
-        line = self._line()
-        try:
-            if line[:1] == b":":
-                return int(line[1:])
-        except ValueError:
-            raise WireError(f"expected a number; got {line[:40]!r}") from None
-        if line[:1] == b"+":
-            return 0
-        if line[:1] == b"-":
-            return ErrorReply(line[1:].decode("utf-8", "replace"))
-        raise WireError(f"expected a short reply; got {line[:40]!r}")
+        return _status(self._line())
 
-    def statuses(self, count: int) -> Sequence[int | ErrorReply]:
-        """That many short replies, in order."""
-        return [self.status() for _ in range(count)]
+    def statuses(self, count: int) -> list[int | ErrorReply]:
+        """That many short replies, in order; what came in one piece is taken apart in one go."""
+        found: list[int | ErrorReply] = []
+        while len(found) < count:
+            lines = bytes(self._scratch[self._begin : self._end]).split(_END)[:-1][: count - len(found)]
+            if not lines:
+                lines = [self._line()]
+            else:
+                self._begin += sum(map(len, lines)) + len(_END) * len(lines)
+            found += [_COMMON[line] if line in _COMMON else _status(line) for line in lines]
+        return found
+
+
+#: Short replies that come by the hundred.
+_COMMON = {b":0": 0, b":1": 1, b"+OK": 0}
+
+
+def _status(line: bytes) -> int | ErrorReply:
+    try:
+        if line[:1] == b":":
+            return int(line[1:])
+    except ValueError:
+        raise WireError(f"expected a number; got {line[:40]!r}") from None
+    if line[:1] == b"+":
+        return 0
+    if line[:1] == b"-":
+        return ErrorReply(line[1:].decode("utf-8", "replace"))
+    raise WireError(f"expected a short reply; got {line[:40]!r}")
