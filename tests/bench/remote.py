@@ -79,9 +79,9 @@ def _peer(listening: socket.socket) -> None:
             for begin in range(0, size, part):
                 connection.sendall(buffer[begin : min(begin + part, size)])
         else:
-            left = size
-            while left:
-                left -= connection.recv_into(buffer[: min(part, left)], 0, socket.MSG_WAITALL)
+            done = 0
+            while done < size:  # to where it stays, as whoever keeps a value has to
+                done += connection.recv_into(buffer[done : min(done + part, size)], 0, socket.MSG_WAITALL)
             connection.sendall(b"k")
 
 

@@ -41,7 +41,7 @@ _KNOWN = frozenset(
         *tuple(name + end for name in _SECRETS for end in ("", "_env", "_file")),
     )
 )
-#: Two of these under way stay in a core's caches; larger ones were up to twice as slow to receive (docs/benchmarks.md).
+#: Stays in a core's caches on its way; larger parts were up to twice as slow to receive (docs/benchmarks.md).
 DEFAULT_PART = 512 * 1024
 LEAST_PART, _MOST_PART = 64 * 1024, 64 * 1024**2
 
