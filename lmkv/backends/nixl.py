@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import logging
 import mmap
 import os
 import threading
@@ -31,6 +30,8 @@ __all__ = ["NixlBackend", "plugin_states"]
 FILE_PLUGINS = ("POSIX", "GDS", "GDS_MT", "HF3FS")
 _KNOWN = ("plugin", "path", "direct_io", "params")
 _ALIGNMENT = 4096
+#: Levels of Python's logging, which the core does not import.
+_INFO, _WARNING = 20, 30
 
 
 class NixlBackend(FilesBackend):
@@ -173,9 +174,9 @@ def _library() -> Any:
         import nixl._api
     except ImportError as error:
         raise ConfigError(f"expected the package nixl; got: {error}: pip install 'lmkv[nixl]'") from None
-    logger = logging.getLogger("nixl")
-    if logger.level == logging.INFO:  # its default, on standard output, where programs write their results
-        logger.setLevel(logging.WARNING)
+    logger = nixl._api.logger
+    if logger.getEffectiveLevel() == _INFO:  # its default, on standard output, where programs write their results
+        logger.setLevel(_WARNING)
     return nixl._api
 
 
