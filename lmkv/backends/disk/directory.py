@@ -31,6 +31,8 @@ _OWN_FILES = {"data.mdb", "lock.mdb", "slots.lock"}
 _LARGE = 64 * 1024**2
 #: An index of up to this size is checked before it is used; that takes a few milliseconds.
 _CHECKED_AT_ONCE = 32 * 1024**2
+#: A larger one is checked beside the caller, after so many seconds.
+_CHECKED_AFTER = 3.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Directory:
         self.closed = False
         self._damage = ""
         self._checking: threading.Thread | None = None
+        self._ending = threading.Event()
         self.env = self._environment()
         self.files: SegmentFiles | None = None
         try:
@@ -171,6 +174,8 @@ class Directory:
             check_pages(os.path.join(self.settings.path, "data.mdb"), txn.id())
 
     def _check_beside(self) -> None:
+        if self._ending.wait(_CHECKED_AFTER):  # the first requests come first: they and this read from the same device
+            return
         try:
             self._check_pages()
         except PagesDamagedError as error:
@@ -315,6 +320,7 @@ class Directory:
 
     def close(self) -> None:
         """Close everything, durably."""
+        self._ending.set()
         if self._checking is not None:
             self._checking.join()  # it reads from the map
         if self.files is not None:
