@@ -200,6 +200,9 @@ class StoreConfig:
         disk_capacity: byte quota, 0 for no disk tier.
         disk_path: its directory; ``None`` is a folder of this layout's own in the user's cache directory.
         disk_policy, disk_codec: as for ``tiers``.
+        disk_direct: read and write past the page cache: ``auto`` (where the file system can), ``true`` or ``false``.
+        disk_depth: reads and writes in flight at once.
+        disk_floor: bytes of the file system that are left free, whatever the quota still allows.
 
     Conduct:
         tiers: further slow tiers, in order.
@@ -232,6 +235,9 @@ class StoreConfig:
     disk_path: str | None = None
     disk_policy: str = "lru"
     disk_codec: str = "raw"
+    disk_direct: str = "auto"
+    disk_depth: int = 4
+    disk_floor: int = field(default=0, metadata=_BYTES)
     tiers: tuple[TierConfig, ...] = ()
     lease_seconds: float = 60.0
     deadline_seconds: float = 10.0
@@ -248,7 +254,7 @@ class StoreConfig:
             for i, tier in enumerate(self.tiers or ())
         )
         object.__setattr__(self, "tiers", tiers)
-        for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity"):
+        for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity", "disk_floor"):
             object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
         _one_of("ram_huge_pages", self.ram_huge_pages, ("transparent", "reserved", "off"))
@@ -256,6 +262,9 @@ class StoreConfig:
             _at_least("ram_numa_node", self.ram_numa_node, 0)
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
+        object.__setattr__(self, "disk_direct", str(self.disk_direct).lower())
+        _one_of("disk_direct", self.disk_direct, ("auto", "true", "false"))
+        _at_least("disk_depth", self.disk_depth, 1)
         _at_least("ram_capacity", self.ram_capacity, 1)
         _at_least("ram_extent", self.ram_extent, 1)
         _at_least("write_queue", self.write_queue, 1)
@@ -283,7 +292,12 @@ class StoreConfig:
             policy=self.disk_policy,
             codec=self.disk_codec,
             deadline_seconds=self.deadline_seconds,
-            options={"path": self.disk_path or str(cache_home() / "lmkv" / folder)},
+            options={
+                "path": self.disk_path or str(cache_home() / "lmkv" / folder),
+                "direct": {"auto": "auto", "true": True, "false": False}[self.disk_direct],
+                "depth": self.disk_depth,
+                "free_space_floor": self.disk_floor,
+            },
         )
         return (disk, *self.tiers)
 

@@ -247,7 +247,11 @@ def _extra_config(out: Translated, name: str, value: object, where: str) -> None
     bag = parse_yaml(value, f"{where}: {name}") if isinstance(value, str) else value
     if not isinstance(bag, Mapping):
         raise ConfigError(f"{where}: {name}: expected keys and values; got {value!r}")
-    out.remote.extra, out.remote.names["extra"] = {str(key): inner for key, inner in bag.items()}, f"{where}: {name}"
+    extra = {str(key): inner for key, inner in bag.items()}
+    direct = extra.pop("use_odirect", None)
+    if not _nothing(direct):
+        out.set(f"{name}.use_odirect", "disk_direct", str(_flag(f"{where}: {name}.use_odirect", direct)).lower(), where)
+    out.remote.extra, out.remote.names["extra"] = extra, f"{where}: {name}"
 
 
 _Converter = Callable[[Translated, str, object, str], None]
@@ -308,6 +312,8 @@ def _without_unasked_disk(out: Translated, where: str, also_set: frozenset[str] 
         return out
     if out.settings.get("disk_capacity"):
         out.warnings.append(f"{where}: max_local_disk_size has no effect: local_disk names no directory")
+    if out.settings.pop("disk_direct", None) is not None:
+        out.warnings.append(f"{where}: {out.names['disk_direct']} has no effect: local_disk names no directory")
     out.settings["disk_capacity"] = 0
     return out
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
+import os
 from pathlib import Path
 
 import disk_writer
@@ -163,6 +165,34 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     assert (tmp_path / "data.mdb").read_bytes() == b"\x01" * 8192
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("direct", "maybe"), ("direct", 2), ("depth", 0), ("depth", "4"), ("free_space_floor", -1), ("free_space_floor", 1.5)],
+)
+def test_wrong_values_of_options(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected"):
+        LmdbBackend(BackendSettings("disk", LAYOUT, MIB, {"path": str(tmp_path), name: value}))
+
+
+def test_another_capacity_in_the_same_process(tmp_path: Path) -> None:
+    backend = open_at(tmp_path)
+    with pytest.raises(ConfigError, match="capacity of 1048576"):
+        open_at(tmp_path, capacity=2 * MIB)
+    backend.close()
+
+
+def test_an_older_format(tmp_path: Path) -> None:
+    with lmdb.open(str(tmp_path), max_dbs=8, map_size=MIB) as env, env.begin(write=True) as txn:
+        meta = env.open_db(b"meta", txn=txn)
+        for key, value in ((b"format", b"lmkv-lmdb/1"), (b"byteorder", b"little"), (b"layout", LAYOUT.describe.encode())):
+            txn.put(key, value, db=meta)
+        env.open_db(b"records", txn=txn)
+    before = (tmp_path / "data.mdb").read_bytes()
+    with pytest.raises(ConfigError, match=r"lmkv-lmdb/1.*delete the directory's files or name another path"):
+        open_at(tmp_path)
+    assert (tmp_path / "data.mdb").read_bytes() == before
+
+
 @pytest.mark.parametrize("options", [{}, {"path": ""}, {"path": "p", "pth": 1}, {"speed": 9}])
 def test_wrong_options(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="path"):
@@ -211,4 +241,96 @@ def test_one_value_larger_than_everything(tmp_path: Path) -> None:
     with pytest.raises(CapacityError):
         write(backend, [chunk], layout)
     assert (backend.count(), backend.used_bytes()) == (0, 0)
+    backend.close()
+
+
+# -- a directory that grows and shrinks --------------------------------------------------------------------------------------
+
+
+def fill(backend: LmdbBackend, count: int) -> list[Chunk]:
+    """Chunks of texts of their own, deleting the oldest where there is no room; what is left of them."""
+    held: list[Chunk] = []
+    for i in range(count):
+        (chunk,) = text_chunks(LAYOUT, [i] * 16)
+        while True:
+            try:
+                write(backend, [chunk])
+                break
+            except CapacityError:
+                backend.delete_many([held.pop(0).key])
+        held.append(chunk)
+    return held
+
+
+def test_another_capacity_after_a_restart(tmp_path: Path) -> None:
+    backend = open_at(tmp_path, capacity=4 * MIB)
+    held = fill(backend, 600)
+    backend.close()
+    assert disk_writer.size_of(tmp_path) > 2 * MIB
+    backend = open_at(tmp_path, capacity=3 * MIB)
+    backend._check()
+    left = [chunk for chunk in held if backend.contains_many([chunk.key])[0]]
+    assert 0 < len(left) < len(held)
+    assert all(read(backend, chunk) == bytes(chunk.record(LAYOUT)) for chunk in left)
+    fill(backend, 700)
+    backend._check()
+    assert disk_writer.size_of(tmp_path) <= 3 * MIB
+    backend.close()
+    backend = open_at(tmp_path, capacity=6 * MIB)
+    assert len(fill(backend, 900)) > len(held), "with more capacity more is held"
+    backend._check()
+    assert disk_writer.size_of(tmp_path) <= 6 * MIB
+    backend.close()
+
+
+def test_too_small_for_what_is_there(tmp_path: Path) -> None:
+    backend = open_at(tmp_path, capacity=16 * MIB)
+    fill(backend, 100)
+    backend.close()
+    with pytest.raises(CapacityError, match="one segment file as large as those that are there"):
+        open_at(tmp_path, capacity=MIB)
+    backend = open_at(tmp_path, capacity=16 * MIB)
+    assert backend.count() == 100
+    backend.close()
+
+
+def test_a_floor_of_free_space(tmp_path: Path) -> None:
+    state = os.statvfs(tmp_path)
+    free = state.f_bavail * state.f_frsize
+    options = {"path": str(tmp_path), "free_space_floor": 2 * free}
+    backend = LmdbBackend(BackendSettings("disk", LAYOUT, MIB, options))
+    with pytest.raises(CapacityError):
+        write(backend, text_chunks(LAYOUT, range(16)))
+    assert not list(tmp_path.glob("segment-*"))
+    backend.close()
+    options["free_space_floor"] = 0
+    backend = LmdbBackend(BackendSettings("disk", LAYOUT, MIB, options))
+    write(backend, text_chunks(LAYOUT, range(16)))
+    backend.close()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_buffers_at_any_address(tmp_path: Path, direct: bool) -> None:
+    """Records of odd sizes, read to and written from odd places; slots that do not lie side by side."""
+    layout = lmkv.KVLayout.dense(layers=3, heads=7, head_size=33, dtype="float16", chunk_tokens=64)
+    backend = LmdbBackend(BackendSettings("disk", layout, 2 * MIB, {"path": str(tmp_path), "direct": direct}))
+    assert backend._directory.files is not None
+    assert backend._directory.files.direct is direct
+    room = mmap.mmap(-1, MIB)
+    chunks = [text_chunks(layout, [i] * (1 + i * 7 % 64))[0] for i in range(60)]
+    for i, chunk in enumerate(chunks):
+        record = chunk.record(layout)
+        view = memoryview(room)[i * 37 : i * 37 + len(record)]
+        view[:] = record
+        while True:
+            try:
+                backend.write_many([chunk.key], [view])
+                break
+            except CapacityError:
+                backend.delete_many([chunks[k].key for k in range(i % 3, i, 3)])
+        for at in (0, 1, 4096, 511):
+            target = memoryview(room)[600_000 + at : 600_000 + at + len(record)]
+            assert backend.read_many([chunk.key], [target]) == [len(record)]
+            assert target == record
+    backend._check()
     backend.close()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import xxhash
 
-from ...errors import BackendUnavailableError
+from ...errors import BackendUnavailableError, ConfigError
 from .geometry import PAGE, Geometry, Run
 from .queue import IoQueue
 
@@ -40,6 +40,22 @@ _OPEN = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
 def segment_name(number: int) -> str:
     """The name of a segment's file in its directory."""
     return f"segment-{number:08d}.kv"
+
+
+def _can_be_direct(path: str) -> bool:
+    """Whether a file can be read past the page cache, found out by doing it."""
+    if not _DIRECT:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+    except OSError:
+        return False
+    try:
+        return os.preadv(fd, [mmap.mmap(-1, PAGE)], 0) >= 0
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _address(view: memoryview) -> int:
@@ -71,13 +87,16 @@ class SegmentFiles:
         geometry: of the segments.
         direct: past the page cache: yes, no, or ``None`` for "where the file system can".
         depth: transfers in flight at once.
+
+    Raises:
+        ConfigError: ``direct`` is asked for where it is not to be had.
     """
 
     def __init__(self, path: str, ident: bytes, geometry: Geometry, direct: bool | None, depth: int) -> None:
         self.geometry = geometry
-        self.direct = direct is not False and bool(_DIRECT)
-        self._must_be_direct = direct is True
-        self._decided = not self.direct
+        self.direct = direct is not False and _can_be_direct(os.path.join(path, "data.mdb"))
+        if direct and not self.direct:
+            raise ConfigError(f"direct: expected a file system that can go past the page cache at {path}: use auto or false")
         self._path = path
         self._ident = ident
         self._fds: dict[int, int] = {}
@@ -94,23 +113,7 @@ class SegmentFiles:
         return os.path.join(self._path, segment_name(number))
 
     def _open(self, number: int, flags: int) -> int:
-        """A file descriptor; whether it is direct is decided by the first file that is opened."""
-        path = self._file(number)
-        if not self._decided:
-            try:
-                fd = os.open(path, flags | _DIRECT, 0o600)
-                try:
-                    os.preadv(fd, [mmap.mmap(-1, PAGE)], 0)
-                except OSError:
-                    os.close(fd)
-                    raise
-                self._decided = True
-                return fd
-            except OSError as error:
-                if error.errno != errno.EINVAL or self._must_be_direct:
-                    raise
-            self.direct, self._decided = False, True
-        return os.open(path, flags | (_DIRECT if self.direct else 0), 0o600)
+        return os.open(self._file(number), flags | (_DIRECT if self.direct else 0), 0o600)
 
     def _checked(self, number: int, fd: int) -> bool:
         """Whether an open file is this directory's segment of that number, a plain file of its own and of full size."""

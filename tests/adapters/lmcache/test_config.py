@@ -31,6 +31,11 @@ def test_the_usual_example_needs_no_warning() -> None:
         ({"blocking_timeout_secs": 3}, {"deadline_seconds": 3.0, "disk_capacity": 0}),
         ({"pin_timeout_sec": 300}, {"lease_seconds": 300.0, "disk_capacity": 0}),
         ({"pre_caching_hash_algorithm": "sha256_cbor_64bit"}, {"key_hash": "sha256", "disk_capacity": 0}),
+        (
+            {"local_disk": "file:///d", "extra_config": "{'use_odirect': True}"},
+            {"disk_path": "/d", "disk_direct": "true"},
+        ),
+        ({"local_disk": "/d", "extra_config": {"use_odirect": False}}, {"disk_path": "/d", "disk_direct": "false"}),
         ({"ram_capacity": "2GiB"}, {"ram_capacity": "2GiB"}),
         ({"chunk_size": 8}, {"chunk_size": 8}),
         ({}, {}),
@@ -74,11 +79,12 @@ def test_what_is_understood_only_in_part_is_said() -> None:
             "extra_config": "{use_odirect: True, lookup_backoff_time: 0.001, save_chunk_meta: False}",
         }
     )
-    assert out.settings == {"disk_path": "/a", "key_hash": "sha256"}
+    assert out.settings == {"disk_path": "/a", "key_hash": "sha256", "disk_direct": "true"}
     text = "\n".join(out.warnings)
-    for part in ("local_cpu: false has no effect", "/a is used", "blake3", "extra_config.use_odirect", "lookup_backoff_time"):
+    for part in ("local_cpu: false has no effect", "/a is used", "blake3", "lookup_backoff_time"):
         assert part in text
     assert "save_chunk_meta" not in text
+    assert "use_odirect" not in text
 
 
 def test_a_disk_size_without_a_directory_keeps_nothing_on_disk() -> None:
