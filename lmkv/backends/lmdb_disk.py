@@ -163,7 +163,7 @@ class LmdbBackend:
         places = slots.reserve([self._geometry.slots(len(piece)) for piece in data])
         try:
             self._files.write([(runs, piece.cast("B")) for runs, piece in zip(places, data, strict=True)])
-            now = int(time.time())
+            now = max(0, min(int(time.time()), 2**32 - 1))  # whatever the clock says
 
             def enter(txn: Any) -> None:
                 if not self._index.are_free(txn, [run for runs in places for run in runs]):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import disk_child
 import disk_writer
 import known_kv
+import pytest
 from disk_writer import DISK, LAYOUT
 
 import lmkv
@@ -83,3 +86,23 @@ def test_slots_of_a_process_that_died_are_free_at_once(tmp_path: Path) -> None:
     assert all(backend.contains_many(keys))
     backend._check()
     backend.close()
+
+
+def test_clocks_that_jump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back, forth, before 1970 and behind 2106: order of use and slots do not depend on them."""
+    times = itertools.cycle([1e9, 2e9, -5.0, 1e9, 2.0**40, 0.0])
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    events: list[lmkv.Event] = []
+    with lmkv.Store(disk_writer.config(str(tmp_path)), LAYOUT, on_event=events.append) as store:
+        favourite = disk_writer.text(1, 1000)
+        store.store(favourite, known_kv.source(LAYOUT, favourite))
+        for number in range(150):
+            tokens = disk_writer.text(1, number)
+            store.store(tokens, known_kv.source(LAYOUT, tokens))
+            assert store.flush(60)
+            assert known_kv.fetch(store, favourite) == len(favourite), "what is used stays"
+        store._check()
+        assert store.stats().tiers[1].evictions > 0
+    assert not [event for event in events if event.kind in ("corrupt", "tier_failed", "load_failed")]
+    with lmkv.Store(disk_writer.config(str(tmp_path)), LAYOUT) as store:
+        assert known_kv.fetch(store, favourite) == len(favourite)
