@@ -113,6 +113,7 @@ def test_compact_leaves_a_directory_alone_that_is_in_use(tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1
         assert "a process has it open" in done.stderr
+        assert main(["compact", str(tmp_path)]) == 1, "nor does this process, which has it open itself"
         assert known_kv.fetch(store, TEXTS[0]) == 70
 
 

@@ -23,7 +23,7 @@ from .pages import PagesDamagedError, check_pages
 from .segments import SEGMENT_NAME, SegmentFiles
 from .slots import Slots
 
-__all__ = ["FORMAT", "Directory", "Settings", "close_directory", "open_directory", "translated"]
+__all__ = ["FORMAT", "Directory", "Settings", "close_directory", "is_open", "open_directory", "translated"]
 
 FORMAT = b"lmkv-disk/2"
 _OWN_FILES = {"data.mdb", "lock.mdb", "slots.lock"}
@@ -377,6 +377,12 @@ def open_directory(settings: Settings) -> Directory:
                 )
         found.users += 1
         return found
+
+
+def is_open(path: str) -> bool:
+    """Whether this process has the directory open."""
+    with _registry_lock:
+        return os.path.realpath(path) in _registry
 
 
 def close_directory(directory: Directory) -> None:

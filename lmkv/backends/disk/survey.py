@@ -14,7 +14,7 @@ import lmdb
 
 from ...errors import BackendUnavailableError, ConfigError
 from ...layout import KVLayout, LayerGroup
-from .directory import FORMAT
+from .directory import FORMAT, is_open
 from .slots import PRESENCE
 
 __all__ = ["Survey", "compact", "parse_layout", "survey"]
@@ -99,6 +99,8 @@ def compact(path: str) -> tuple[int, int]:
         ConfigError: it is no directory of this format.
         BackendUnavailableError: a process has it open, or the system refuses.
     """
+    if is_open(path):  # its locks are this process's own and would not speak against it
+        raise BackendUnavailableError(f"expected nobody to use {path}; this process has it open: close it first")
     before = survey(path).bytes_on_disk
     folder = Path(path)
     with _alone(folder):
