@@ -256,7 +256,9 @@ class Directory:
                 txn.put(name, value, db=meta)
             txn.put(b"id", uuid.uuid4().bytes, db=meta)
             txn.put(b"geometry", shares.geometry.pack(), db=meta)
-        txn.put(b"capacity", self.settings.capacity.to_bytes(8, "little"), db=meta)
+        capacity = self.settings.capacity.to_bytes(8, "little")
+        if txn.get(b"capacity", db=meta) != capacity:  # a map may be full for a while: opening it as it was must not write
+            txn.put(b"capacity", capacity, db=meta)
         ident = bytes(txn.get(b"id", b"", db=meta))
         if len(ident) != 16:
             raise ConfigError(f"tier {self.settings.name}: expected an id of 16 bytes in {self.settings.path}; got {ident!r}")
