@@ -215,6 +215,7 @@ class Directory:
             ahead=settings.ahead,
         )
         self._drop_surplus()
+        self._note_capacity()
 
     def _held_geometry(self) -> Geometry | None:
         with self.env.begin() as txn:
@@ -256,9 +257,6 @@ class Directory:
                 txn.put(name, value, db=meta)
             txn.put(b"id", uuid.uuid4().bytes, db=meta)
             txn.put(b"geometry", shares.geometry.pack(), db=meta)
-        capacity = self.settings.capacity.to_bytes(8, "little")
-        if txn.get(b"capacity", db=meta) != capacity:  # a map may be full for a while: opening it as it was must not write
-            txn.put(b"capacity", capacity, db=meta)
         ident = bytes(txn.get(b"id", b"", db=meta))
         if len(ident) != 16:
             raise ConfigError(f"tier {self.settings.name}: expected an id of 16 bytes in {self.settings.path}; got {ident!r}")
@@ -306,6 +304,15 @@ class Directory:
                 found = SEGMENT_NAME.fullmatch(name)
                 if found and (int(found[1]) not in held or int(found[1]) in surplus):
                     self.files.remove(int(found[1]))
+
+    def _note_capacity(self) -> None:
+        """For commands that are given nothing but the path; in a full index there may be no room even for that now."""
+        mine = self.settings.capacity.to_bytes(8, "little")
+        with self.begin(False) as txn:
+            known = txn.get(b"capacity", db=self.index.meta) == mine
+        if not known:
+            with contextlib.suppress(CapacityError), self.begin(True) as txn:
+                txn.put(b"capacity", mine, db=self.index.meta)
 
     # -- use -------------------------------------------------------------------------------------------------------------
 
