@@ -141,10 +141,15 @@ class Translated:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A store's config as read from file, environment and overrides, and what to tell the person who wrote them."""
+    """A store's config as read from file, environment and overrides, and what to tell the person who wrote them.
+
+    Args:
+        given: the settings that one of these named; the others have their defaults.
+    """
 
     config: StoreConfig
     warnings: tuple[str, ...]
+    given: frozenset[str] = frozenset()
 
 
 def _nothing(value: object) -> bool:
@@ -379,4 +384,5 @@ def load_config(
     _without_unasked_disk(merged, "config", shadowed)
     merged.add_remote_tier("tiers" in shadowed)
     rest = {name: value for name, value in environ.items() if name != CONFIG_FILE_VARIABLE}
-    return Loaded(StoreConfig.load(environ=rest, overrides=merged.settings), tuple(merged.warnings))
+    given = shadowed | merged.settings.keys()
+    return Loaded(StoreConfig.load(environ=rest, overrides=merged.settings), tuple(merged.warnings), given)

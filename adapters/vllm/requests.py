@@ -1,0 +1,97 @@
+"""What the scheduler's half remembers of a request."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...chunks import Namespace
+from ...handles import Lease, Reservation
+from .plans import CopyOrder
+from .texts import Wishes, text_of
+
+__all__ = ["CopyRecord", "RequestState"]
+
+
+@dataclass
+class RequestState:
+    """One request between its arrival and the end of its copies.
+
+    Args:
+        request: vLLM's.
+        namespace: of its keys; ``None`` where reuse is not possible.
+        wishes: what its sender asked for.
+        blocks: its block ids by KV cache group, as they were given out; a window's may have been taken back since.
+        computed: tokens that vLLM's own cache held when it last asked.
+        lease: holds what was found until it is loaded.
+        looked_at: ``(tokens, generation of the store)`` of the last lookup that found nothing, so as not to repeat it.
+        prefetch, give_up: slow tiers being read, and until when they are waited for.
+        prefetched: they were read once; what is missing still is a miss.
+        no_load: a load failed; what is left is computed.
+        stored_to: tokens whose chunks were taken care of.
+        copies: ids of copies under way.
+        hit_tokens: tokens found for it, for its log lines.
+        ended: it is finished and only its copies are waited for.
+    """
+
+    request: Any
+    namespace: Namespace | None
+    wishes: Wishes
+    blocks: list[list[int]] = field(default_factory=list)
+    computed: int = 0
+    lease: Lease | None = None
+    looked_at: tuple[int, int] = (-1, -1)
+    prefetch: Future[int] | None = None
+    give_up: float = 0.0
+    prefetched: bool = False
+    no_load: bool = False
+    stored_to: int = 0
+    copies: set[int] = field(default_factory=set)
+    hit_tokens: int = 0
+    ended: bool = False
+    _text: npt.NDArray[np.uint32] | None = None
+
+    @property
+    def id(self) -> str:
+        """vLLM's id of the request."""
+        return str(self.request.request_id)
+
+    def tokens(self, stop: int) -> npt.NDArray[np.uint32]:
+        """The first ``stop`` tokens of its text."""
+        if self._text is None or len(self._text) < stop:
+            self._text = text_of(self.request)
+        return self._text[:stop]
+
+    def drop_lease(self) -> None:
+        """Give up what was found and not loaded."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+
+@dataclass
+class CopyRecord:
+    """A copy that workers were told to make.
+
+    Args:
+        order: what they were told.
+        state: of its request.
+        hold: what it copies out of, or fills.
+        reports: workers that have ended it.
+        failed: one of them could not make it.
+        seconds: the longest time that one of them took.
+        begun: when it was ordered.
+    """
+
+    order: CopyOrder
+    state: RequestState
+    hold: Lease | Reservation
+    reports: int = 0
+    failed: bool = False
+    seconds: float = 0.0
+    begun: float = field(default_factory=time.monotonic)

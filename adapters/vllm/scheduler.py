@@ -1,0 +1,424 @@
+"""The scheduler's half: one store beside vLLM's scheduler, which says what to load and to store and learns when that is done."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.logger import init_logger
+
+from ...errors import LMKVError
+from ...handles import Lease, Reservation
+from ...layout import KVLayout
+from ...store import Store
+from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
+from .pools import drop_pool, offer_pool
+from .requests import CopyRecord, RequestState
+from .settings import Settings, with_model
+from .stats import Counts
+from .storing import store_orders
+from .texts import AdapterVersions, must_compute, namespace_of, refusal, wishes_of
+
+__all__ = ["SchedulerHalf"]
+
+logger = init_logger("vllm.lmkv.scheduler")
+
+#: How long a step without work waits for reads and copies under way, so that asking again does not take the processor from them.
+_IDLE_SECONDS = 0.0005
+
+
+class SchedulerHalf:
+    """Lookups, leases, reservations and orders of one engine.
+
+    Args:
+        settings: the connector's.
+        vllm_config: vLLM's.
+        engine: names this engine among others.
+    """
+
+    def __init__(self, settings: Settings, vllm_config: Any) -> None:
+        self._settings = settings
+        self._vllm_config = vllm_config
+        transfer = vllm_config.kv_transfer_config
+        self._may_load = bool(transfer.is_kv_consumer)
+        self._may_store = bool(transfer.is_kv_producer)
+        self.store: Store | None = None
+        self.refusal = "the workers have not said yet what their KV is"
+        self.counts = Counts()
+        self._shards: dict[tuple[int, int], ShardInfo] = {}
+        self._pool: PoolInfo | None = None
+        self._mapped = 0
+        self._extra = ""
+        self._adapters = AdapterVersions()
+        self._requests: dict[str, RequestState] = {}
+        self._copies: dict[int, CopyRecord] = {}
+        self._filling: set[bytes] = set()  # keys of chunks that workers are copying into slots
+        self._next_copy = 0
+        self._loads: list[CopyOrder] = []
+        self._newly_held: set[str] = set()
+        self._step = 0
+        self._healed = -1
+        self._generation = 0  # of what the store holds: a lookup that found nothing need not be repeated within one
+        self._bypass_reasons: set[str] = set()
+        for line in settings.warnings:
+            logger.warning("LMKV: %s", line)
+
+    # -- opening -------------------------------------------------------------------------------------------------------------
+
+    def open(self, shards: dict[tuple[int, int], ShardInfo]) -> None:
+        """Open the store for the KV that the workers have; what can't be served leaves it closed, with a warning.
+
+        Args:
+            shards: by ``(pp_rank, tp_rank)``.
+        """
+        self._shards = shards
+        why = next((shard.refusal for shard in shards.values() if shard.refusal), "") or self._unserved(shards)
+        if why:
+            self.refusal = why
+            logger.warning("LMKV: reuse is off, everything is computed: %s", why)
+            return
+        self.refusal = ""
+        replicated = all(shard.latent for shard in shards.values())
+        first_layer: dict[tuple[int, int], int] = {}
+        groups: list[Any] = []
+        layers = 0
+        for rank in sorted(shards):
+            if replicated and rank[1] > 0:
+                first_layer[rank] = first_layer[rank[0], 0]
+                continue
+            first_layer[rank] = layers
+            groups.extend(shards[rank].groups)
+            layers += sum(group.layers for group in shards[rank].groups)
+        config = self._settings.store
+        layout = KVLayout(tuple(groups), config.chunk_size or 256)
+        parallel = self._vllm_config.parallel_config
+        shared = len(shards) > 1 or parallel.distributed_executor_backend not in (None, "uni")
+        config, self._extra = with_model(config, self._vllm_config, shared=shared)
+        self.store = Store(config, layout, on_event=self.counts.event)
+        self.store.namespace = self.store.namespace.replace(extra=self._extra)
+        key = uuid.uuid4().hex
+        offer_pool(key, self.store._ram.pool)
+        handle = self.store.pool_handle() if config.ram_shared else None
+        stores = frozenset(rank for rank in shards if not (replicated and rank[1] > 0))
+        self._pool = PoolInfo(key, handle, layout, first_layer, stores)
+        tiers = ", ".join(f"{tier.name} {tier.capacity_bytes / 1024**3:.1f} GiB" for tier in self.store.stats().tiers)
+        logger.info(
+            "LMKV: chunks of %d tokens, %d bytes of KV a token, tiers: %s", layout.chunk_tokens, layout.token_bytes, tiers
+        )
+
+    def _unserved(self, shards: dict[tuple[int, int], ShardInfo]) -> str:
+        parallel = self._vllm_config.parallel_config
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+            if getattr(parallel, name, 1) > 1:
+                return f"{name} spreads one text's tokens over ranks, which is not served"
+        if getattr(self._vllm_config.cache_config, "calculate_kv_scales", False):
+            return "calculate_kv_scales makes fp8 scales of the first texts read, so that KV means something else in each process"
+        first = next(iter(shards.values()))
+        for shard in shards.values():
+            if (shard.windows, shard.block_tokens) != (first.windows, first.block_tokens):
+                return "the workers' KV cache groups differ"
+        return ""
+
+    # -- looking up ----------------------------------------------------------------------------------------------------------
+
+    def arrived(self, request: Any) -> RequestState:
+        """Begin to remember a request."""
+        state = self._requests.get(request.request_id)
+        if state is not None:
+            return state
+        wishes = wishes_of(request.kv_transfer_params)
+        namespace = None
+        why = self.refusal or refusal(request)
+        if self.store is not None and not why:
+            namespace = namespace_of(self.store.namespace, request, wishes, self._adapters)
+        state = self._requests[request.request_id] = RequestState(request, namespace, wishes)
+        if why:
+            self._bypass(state, why)
+        for key in wishes.unknown:
+            logger.warning("LMKV: request %s: unknown key %r in kv_transfer_params", state.id, key)
+        return state
+
+    def _bypass(self, state: RequestState, why: str) -> None:
+        self.counts.bypassed(why)
+        level = logger.debug if why in self._bypass_reasons else logger.info
+        level("LMKV: Reqid: %s is served without reuse: %s", state.id, why)
+        self._bypass_reasons.add(why)
+
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """How many tokens behind ``computed`` can be loaded, and whether between steps; ``None``: ask again."""
+        state = self.arrived(request)
+        state.computed = computed
+        if state.namespace is None or self.store is None or not self._may_load:
+            return 0, False
+        if state.wishes.skip_load or state.no_load or must_compute(request):
+            return 0, False
+        self._renew()
+        most = request.num_tokens - 1  # the last token is computed: it yields the next one
+        if most - computed < self._settings.min_load_tokens:
+            return 0, False
+        if not self._still_good(state, most):
+            lease = self._find(self.store, state, most)
+            if lease is None:
+                return None, False
+            state.drop_lease()
+            state.lease, state.looked_at = lease, (most, self._generation)
+        assert state.lease is not None
+        hit = min(state.lease.hit_tokens, most)
+        if hit - computed < self._settings.min_load_tokens:
+            return 0, False
+        return hit - computed, self._settings.load == "async"
+
+    def _still_good(self, state: RequestState, most: int) -> bool:
+        """Whether what was found before is all there is: vLLM asks again each step that a request can't be scheduled in."""
+        lease = state.lease
+        if lease is None or not lease.held or state.prefetch is not None:
+            return False
+        return lease.hit_tokens >= most or state.looked_at == (most, self._generation)
+
+    def _find(self, store: Store, state: RequestState, most: int) -> Lease | None:
+        """A lease of what is known of the first ``most`` tokens; ``None`` while slow tiers are asked or read."""
+        tokens, namespace = state.tokens(most), state.namespace
+        if state.prefetch is not None:
+            if not state.prefetch.done() and time.monotonic() < state.give_up:
+                return None
+            if not state.prefetch.done():
+                self.counts.late()
+            state.prefetch, state.prefetched = None, True
+        match = store.lookup(tokens, namespace=namespace)
+        if match.pending or (match.hit_tokens < most and match.keys[match.full] in self._filling):
+            return None  # what another request computed is on its way into the slots
+        slow = {tier for tier, _ in match.runs} | ({match.tail.tier} if match.tail else set())
+        slow.discard("ram")
+        if slow and not state.prefetched:
+            deadlines = {tier.name: tier.deadline_seconds for tier in store.config.slow_tiers("")}
+            state.give_up = time.monotonic() + max(deadlines[name] for name in slow)
+            state.prefetch = store.prefetch(match)
+            if not state.prefetch.done():
+                return None
+            state.prefetch, state.prefetched = None, True
+            match = store.lookup(tokens, namespace=namespace)
+        if any(tier != "ram" for tier, _ in match.runs) or (match.tail and match.tail.tier != "ram"):
+            leading = match.runs[0][1] * store.layout.chunk_tokens if match.runs and match.runs[0][0] == "ram" else 0
+            match = store.lookup(tokens[: max(1, min(leading, most))], namespace=namespace)
+            if not leading:
+                match.runs, match.tail, match.hit_tokens = [], None, 0
+        return store.lease(match)
+
+    def allocated(self, request: Any, block_ids: tuple[list[int], ...], external: int) -> None:
+        """vLLM gave the request blocks; ``external`` tokens of them are to be loaded."""
+        state = self.arrived(request)
+        if external <= 0:
+            state.drop_lease()
+            return
+        lease = state.lease
+        assert lease is not None, "vLLM loads only what was found for the request"
+        state.lease = None
+        start, stop = state.computed, state.computed + external
+        state.hit_tokens = lease.hit_tokens
+        parts = tuple(
+            SlotPart(slot.id, slot.start, slot.start + slot.tokens, max(start, slot.start), min(stop, slot.start + slot.tokens))
+            for slot in lease.slots
+            if start < slot.start + slot.tokens and slot.start < stop
+        )
+        order = self._order(state, parts, block_ids, load=True, waits=self._settings.load != "async")
+        self._loads.append(order)
+        self._copies[order.id] = CopyRecord(order, state, lease)
+        state.copies.add(order.id)
+        self.counts.hit(external)
+        if self._settings.log_requests:
+            logger.info(
+                "LMKV: Reqid: %s, Total tokens %d, LMKV hit tokens: %d, need to load: %d",
+                *(state.id, request.num_tokens, lease.hit_tokens, external),
+            )
+
+    def _order(
+        self, state: RequestState, parts: tuple[SlotPart, ...], blocks: Iterable[list[int]], *, load: bool, waits: bool = True
+    ) -> CopyOrder:
+        sizes = next(iter(self._shards.values())).block_tokens
+        unit = math.lcm(*sizes)
+        base = min(part.start for part in parts) // unit * unit
+        stop = max(part.stop for part in parts)
+        named = tuple(
+            [block or -1 for block in ids[base // size : -(-stop // size)]]  # block 0 stands for none
+            for ids, size in zip(blocks, sizes, strict=True)
+        )
+        self._next_copy += 1
+        return CopyOrder(self._next_copy, state.id, parts, named, base, load, waits)
+
+    # -- a step --------------------------------------------------------------------------------------------------------------
+
+    def orders(self, output: Any) -> Orders:
+        """What workers have to do in the step that vLLM has just scheduled."""
+        self._renew()
+        self._step += 1
+        preempted = frozenset(output.preempted_req_ids or ())
+        for name in preempted:
+            state = self._requests.get(name)
+            if state is not None:
+                state.blocks = []
+        self._follow_blocks(output)
+        stores: list[CopyOrder] = []
+        if self.store is not None and self._may_store:
+            for state, computed in self._scheduled(output):
+                for order, reservation in store_orders(self.store, self._settings, state, computed, self._order):
+                    stores.append(order)
+                    self._copies[order.id] = CopyRecord(order, state, reservation)
+                    self._filling.update(chunk.key for chunk in reservation.chunks)
+                    state.copies.add(order.id)
+        orders = Orders(
+            step=self._step,
+            pool=self._pool if self._mapped < len(self._shards) else None,
+            loads=self._loads,
+            stores=stores,
+            held=frozenset(self._newly_held),
+            preempted=preempted,
+            forward=output.total_num_scheduled_tokens > 0,
+            healed=self._healed,
+        )
+        self._loads, self._newly_held = [], set()
+        if not orders.forward and not orders.loads:
+            self._idle()
+        return orders
+
+    def _follow_blocks(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            state = self._requests.get(new.req_id)
+            if state is not None:
+                state.blocks = [list(ids) for ids in new.block_ids]
+        cached = output.scheduled_cached_reqs
+        for name, new_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            state = self._requests.get(name)
+            if state is None:
+                continue
+            if name in cached.resumed_req_ids:
+                state.blocks = [list(ids) for ids in new_ids or ()]
+            elif new_ids is not None:
+                for mine, more in zip(state.blocks, new_ids, strict=True):
+                    mine.extend(more)
+
+    def _scheduled(self, output: Any) -> Iterable[tuple[RequestState, int]]:
+        """Requests of this step, with the tokens they will have computed behind it."""
+        cached = output.scheduled_cached_reqs
+        pairs = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        pairs += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        for name, before in pairs:
+            state = self._requests.get(name)
+            if state is not None and state.namespace is not None and not state.wishes.skip_save:
+                yield state, before + output.num_scheduled_tokens[name]
+
+    def _idle(self) -> None:
+        if self._copies or any(state.prefetch is not None for state in self._requests.values()):
+            time.sleep(_IDLE_SECONDS)
+
+    def _renew(self) -> None:
+        """A lease that is still needed must not end because much time has passed."""
+        for record in self._copies.values():
+            if isinstance(record.hold, Lease):
+                record.hold.renew()
+        for state in self._requests.values():
+            if state.lease is not None:
+                state.lease.renew()
+
+    # -- afterwards ----------------------------------------------------------------------------------------------------------
+
+    def learn(self, report: Report | None) -> None:
+        """Take workers' reports: commit what was stored, release what was loaded."""
+        if report is None:
+            return
+        self._mapped += report.mapped
+        self._healed = max(self._healed, report.failed_step)
+        for reason in report.reasons:
+            logger.warning("LMKV: a copy failed: %s", reason)
+        for number, count in report.done.items():
+            record = self._copies[number]
+            record.reports += count
+            record.failed |= number in report.failed
+            record.seconds = max(record.seconds, report.seconds.get(number, 0.0))
+            if record.reports == len(self._shards):
+                del self._copies[number]
+                self._ended(record)
+
+    def _ended(self, record: CopyRecord) -> None:
+        state, order = record.state, record.order
+        state.copies.discard(order.id)
+        if isinstance(record.hold, Reservation):
+            self._filling.difference_update(chunk.key for chunk in record.hold.chunks)
+        size = order.tokens * (self.store.layout.token_bytes if self.store else 0)
+        gigabytes, milliseconds = size / 1e9, record.seconds * 1e3
+        rate = gigabytes / record.seconds if record.seconds else 0.0
+        if isinstance(record.hold, Lease):
+            record.hold.release()
+            if record.failed:
+                state.no_load = True
+                self.counts.load_failed(order.tokens)
+            else:
+                self.counts.loaded(order.tokens, size, record.seconds)
+                if self._settings.log_requests:
+                    logger.info(
+                        "LMKV: Retrieved %d out of %d required tokens (from %d total tokens). size: %.4f gb, cost %.4f ms, "
+                        "throughput: %.4f GB/s; for request %s",
+                        *(order.tokens, order.tokens, state.hit_tokens, gigabytes, milliseconds, rate, state.id),
+                    )
+        elif record.failed:
+            record.hold.abort()
+            state.stored_to = min(state.stored_to, order.parts[0].start)
+            self.counts.store_failed(order.tokens)
+        else:
+            stored = self._commit(record)
+            self.counts.stored(stored, size, record.seconds)
+            if self._settings.log_requests:
+                logger.info(
+                    "LMKV: Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; for request %s",
+                    *(stored, order.tokens, gigabytes, milliseconds, rate, state.id),
+                )
+        if state.ended and not state.copies:
+            self._requests.pop(state.id, None)
+
+    def _commit(self, record: CopyRecord) -> int:
+        try:
+            self._generation += 1
+            return record.hold.commit()  # type: ignore[union-attr]
+        except LMKVError as error:
+            logger.warning("LMKV: what was copied can't be kept: %s", error)
+            return 0
+
+    def finished(self, request: Any) -> bool:
+        """A request has ended; whether its blocks must stay until its copies are done."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return False
+        state.drop_lease()
+        state.prefetch = None
+        state.ended = True
+        if not state.copies:
+            del self._requests[state.id]
+            return False
+        storing = any(not self._copies[number].order.load for number in state.copies)
+        if storing:
+            self._newly_held.add(state.id)
+        return storing
+
+    def reset(self) -> bool:
+        """Forget everything that is not in use."""
+        if self.store is not None:
+            self.store.clear()
+            self._generation += 1
+        return True
+
+    def close(self) -> None:
+        """Give up what is under way, write what waits for slow tiers, close the store."""
+        for state in self._requests.values():
+            state.drop_lease()
+        for record in self._copies.values():
+            record.hold.release() if isinstance(record.hold, Lease) else record.hold.abort()
+        self._copies.clear()
+        self._requests.clear()
+        if self._pool is not None:
+            drop_pool(self._pool.key)
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+            self.refusal = "the store was closed"

@@ -1,0 +1,59 @@
+"""Tiny models with random weights, saved as vLLM reads them, whose outputs react to the KV of every position.
+
+Attention of randomly initialised models is nearly uniform and its output small beside the residual stream, so a test that compares
+tokens would pass with wrong KV. Here queries, keys and values are scaled up: ``test_reuse.py`` proves that a change at any
+position is seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+
+VOCABULARY = 512
+#: Shapes that all models share: small, with grouped-query attention.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def config_of(kind: str) -> PretrainedConfig:
+    """The configuration of ``llama``, ``qwen3`` or ``window`` (a sliding window of 64 tokens in all layers)."""
+    if kind == "llama":
+        return LlamaConfig(**_COMMON)
+    if kind == "qwen3":
+        return Qwen3Config(**_COMMON)
+    if kind == "window":
+        return MistralConfig(**_COMMON, sliding_window=64)
+    raise ValueError(f"expected llama, qwen3 or window; got {kind!r}")
+
+
+def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write a model of that kind; returns its folder."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                continue
+            if any(part in name for part in ("q_proj", "k_proj")):
+                weight.normal_(0, 1.2 / weight.shape[1] ** 0.5)
+            elif any(part in name for part in ("v_proj", "o_proj")):
+                weight.normal_(0, 2.0 / weight.shape[1] ** 0.5)
+            else:
+                weight.normal_(0, 1.0 / weight.shape[1] ** 0.5)
+    target = folder / kind
+    model.save_pretrained(target)
+    return target
