@@ -25,7 +25,8 @@ __all__ = ["LMKVConnector"]
 class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
     """Keeps and reuses the KV of vLLM's requests in an :class:`lmkv.Store`.
 
-    vLLM makes one for its scheduler and one for each worker; settings come from ``kv_connector_extra_config``, see ``docs/vllm.md``.
+    vLLM makes one for its scheduler and one for each worker. Settings come from ``kv_connector_extra_config``; ``docs/vllm.md``
+    lists them.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -36,7 +37,9 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(settings, vllm_config)
         else:
-            self._worker = WorkerHalf(vllm_config, kv_cache_config, layerwise=settings.layerwise)
+            self._worker = WorkerHalf(
+                vllm_config, kv_cache_config, layerwise=settings.layerwise, pin_at_start=settings.pin == "start"
+            )
 
     # -- the scheduler's half ------------------------------------------------------------------------------------------------
 
@@ -84,9 +87,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         """See vLLM's base class."""
         return self._control.finished(request), None
 
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         """See vLLM's base class."""
         return self._control.finished(request), None
 

@@ -1,4 +1,4 @@
-"""A worker's copies: orders of the scheduler's half as calls of :class:`lmkv.transfer.CopyEngine`. The only module that calls it."""
+"""A worker's copies: the scheduler's orders as calls of :class:`lmkv.transfer.CopyEngine`. The only module that calls it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,16 @@ __all__ = ["Copier", "Running", "SlotMemory"]
 class SlotMemory(Protocol):
     """Where slots are: a pool of this process or a mapped one."""
 
+    slot_bytes: int
+
     def view(self, slot: int) -> memoryview:
         """The memory of a slot."""
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Address and size of the memory that slots are in."""
+
+    def complete(self) -> bool:
+        """Whether no more extents will come."""
 
 
 @dataclass
@@ -95,6 +103,8 @@ class Copier:
             layers = [layer.parts if len(layer.parts) == 2 else layer.parts[0] for layer in geometry.layers]
             tables = [layer.group for layer in geometry.layers]
             self._engine = CopyEngine(layers, layout, order="HND", first_layer=first_layer, tables=tables)
+        #: CUDA ordinal of the tensors' device, ``None`` on a CPU.
+        self.device = self._engine.device if isinstance(self._engine, CopyEngine) else None
         self._slots = slots
         self._offset = payload_offset(layout.chunk_tokens)
         self._token_bytes = layout.token_bytes

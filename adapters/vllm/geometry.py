@@ -3,7 +3,7 @@
 Geometry is derived from a tensor's shape and the layer's spec, never from a version. Seen so far:
 
 - ``[blocks, heads, tokens, 2 * head_size]``, K and V of a head side by side (0.32; the CPU backend before);
-- ``[blocks, 2, tokens, heads, head_size]`` and ``[2, blocks, tokens, heads, head_size]`` (GPU backends to 0.25);
+- ``[blocks, 2, tokens, heads, head_size]``, ``[2, blocks, tokens, heads, head_size]`` (GPU backends to 0.25);
 - ``[blocks, tokens, size]`` or ``[blocks, 1, tokens, size]``, one latent a token (MLA).
 
 Strides are free. A tensor may cut a block of the scheduler's into several. CPU kernels arrange numbers within a block in ways of
@@ -129,7 +129,9 @@ def shard_geometry(kv_caches: Mapping[str, Any], kv_cache_config: Any, modules: 
             tensor = kv_caches[name]
             of_layer = by_layer[name] if by_layer else spec
             _check_spec(name, of_layer)
-            identity = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())) if hasattr(tensor, "data_ptr") else (name,)
+            identity = (
+                (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())) if hasattr(tensor, "data_ptr") else (name,)
+            )
             if identity in seen:
                 continue  # a layer that reads another's KV
             seen.add(identity)
@@ -199,6 +201,7 @@ def layer_kv(name: str, group: int, tensor: Any, spec: Any, num_blocks: int, mod
     pieces = int(spec.block_size) // tokens
     if pieces * tokens != spec.block_size or blocks != num_blocks * pieces:
         raise LayoutMismatchError(
-            f"layer {name}: expected {num_blocks} blocks of {spec.block_size} tokens; got shape {shape}, that is {blocks} of {tokens}"
+            f"layer {name}: expected {num_blocks} blocks of {spec.block_size} tokens; "
+            f"got shape {shape}, that is {blocks} of {tokens}"
         )
     return replace(found, pieces=pieces)

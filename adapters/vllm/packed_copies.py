@@ -55,7 +55,12 @@ class PackedEngine:
         return self._copy(parts, blocks, into_payloads=True)
 
     def scatter(
-        self, parts: Sequence[Part], blocks: Sequence[npt.NDArray[np.int32]], *, stream: int | None = None, layerwise: bool = False
+        self,
+        parts: Sequence[Part],
+        blocks: Sequence[npt.NDArray[np.int32]],
+        *,
+        stream: int | None = None,
+        layerwise: bool = False,
     ) -> _Done:
         """Payloads to engine memory."""
         return self._copy(parts, blocks, into_payloads=False)

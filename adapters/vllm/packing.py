@@ -1,8 +1,8 @@
-"""How vLLM's CPU kernels arrange the numbers of a block: found out by having them write known ones, since it differs by processor.
+"""How vLLM's CPU kernels arrange the numbers of a block: found out by having them write known ones, as processors differ.
 
-With AVX-512 the keys of a block are stored as [head_size, tokens]; with AMX keys and values are interleaved by pairs. What all have
-in common is seen in their addresses: the place of token ``t``, element ``d`` of a head is a sum of strides times digits of ``t`` and
-``d``. A packing holds these strides; a kernel whose writes are not of that form is refused.
+With AVX-512 the keys of a block are stored as [head_size, tokens]; with AMX keys and values are interleaved by pairs. What all
+have in common: the place of token ``t``, element ``d`` of a head is a sum of strides times digits of ``t`` and ``d``. A packing
+holds these strides; a kernel whose writes are not of that form is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Table = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Packing:
-    """Where a head's numbers of one block are: ``start + t1*s[0] + t0*s[1] + d1*s[2] + d0*s[3]`` elements from the head's begin.
+    """Where a head's numbers of one block are: ``start + t1*s[0] + t0*s[1] + d1*s[2] + d0*s[3]`` elements from its begin.
 
     Args:
         start: of token 0, element 0.
@@ -76,7 +76,9 @@ def probe_packing(name: str, layer: Any, tensor: torch.Tensor, heads: int, size:
     """
     update = getattr(getattr(layer, "impl", None), "do_kv_cache_update", None)
     if update is None:
-        raise LayoutMismatchError(f"layer {name}: expected a CPU kernel that can be asked to write a block; got {type(layer).__name__}")
+        raise LayoutMismatchError(
+            f"layer {name}: expected a CPU kernel that can be asked to write a block; got {type(layer).__name__}"
+        )
     tokens = int(tensor.shape[2])
     count = tokens * size
     found = []
@@ -90,7 +92,9 @@ def probe_packing(name: str, layer: Any, tensor: torch.Tensor, heads: int, size:
         reached = np.flatnonzero(places)
         table[places[reached] - 1] = reached
         if (table < 0).any() or len(reached) != count:
-            raise LayoutMismatchError(f"layer {name}: expected each number in one place of a block; the kernel wrote {len(reached)}")
+            raise LayoutMismatchError(
+                f"layer {name}: expected each number in one place of a block; the kernel wrote {len(reached)}"
+            )
         try:
             found.append(packing_of(table.reshape(tokens, size)))
         except LayoutMismatchError as error:
@@ -120,13 +124,12 @@ def _model_dtype(layer: Any, tensor: torch.Tensor) -> torch.dtype:
 
 def packed_views(tensor: torch.Tensor, packings: tuple[Packing, Packing]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a layer as views [blocks, heads, t1, t0, d1, d0] of its tensor."""
-    views = []
-    for packing in packings:
-        views.append(
-            tensor.as_strided(
-                (tensor.shape[0], tensor.shape[1], *packing.sizes),
-                (tensor.stride(0), tensor.stride(1), *packing.strides),
-                tensor.storage_offset() + packing.start,
-            )
+    keys, values = (
+        tensor.as_strided(
+            (tensor.shape[0], tensor.shape[1], *packing.sizes),
+            (tensor.stride(0), tensor.stride(1), *packing.strides),
+            tensor.storage_offset() + packing.start,
         )
-    return views[0], views[1]
+        for packing in packings
+    )
+    return keys, values

@@ -1,4 +1,4 @@
-"""Slots of stores in this process, by key: a worker in the scheduler's own process takes them from here instead of mapping them."""
+"""Slots of stores in this process, by key: a worker in the scheduler's own process takes them from here."""
 
 from __future__ import annotations
 

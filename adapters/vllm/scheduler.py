@@ -1,4 +1,4 @@
-"""The scheduler's half: one store beside vLLM's scheduler, which says what to load and to store and learns when that is done."""
+"""The scheduler's half: one store beside vLLM's scheduler, which orders loads and stores and learns when they are done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["SchedulerHalf"]
 
 logger = init_logger("vllm.lmkv.scheduler")
 
-#: How long a step without work waits for reads and copies under way, so that asking again does not take the processor from them.
+#: How long a step without work waits for reads and copies under way: asking again should not take the processor from them.
 _IDLE_SECONDS = 0.0005
 
 
@@ -101,6 +101,9 @@ class SchedulerHalf:
         self.store.namespace = self.store.namespace.replace(extra=self._extra)
         key = uuid.uuid4().hex
         offer_pool(key, self.store._ram.pool)
+        if config.ram_pin and any(shard.device == "cuda" for shard in shards.values()):
+            # mapped now, so that workers can pin ahead of use; pages come when they do
+            self.store._ram.pool.grow_ahead(config.ram_capacity)
         handle = self.store.pool_handle() if config.ram_shared else None
         stores = frozenset(rank for rank in shards if not (replicated and rank[1] > 0))
         self._pool = PoolInfo(key, handle, layout, first_layer, stores)
@@ -115,7 +118,9 @@ class SchedulerHalf:
             if getattr(parallel, name, 1) > 1:
                 return f"{name} spreads one text's tokens over ranks, which is not served"
         if getattr(self._vllm_config.cache_config, "calculate_kv_scales", False):
-            return "calculate_kv_scales makes fp8 scales of the first texts read, so that KV means something else in each process"
+            return (
+                "calculate_kv_scales makes fp8 scales of the first texts read, so that KV means something else in each process"
+            )
         first = next(iter(shards.values()))
         for shard in shards.values():
             if (shard.windows, shard.block_tokens) != (first.windows, first.block_tokens):
@@ -371,7 +376,8 @@ class SchedulerHalf:
             self.counts.stored(stored, size, record.seconds)
             if self._settings.log_requests:
                 logger.info(
-                    "LMKV: Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; for request %s",
+                    "LMKV: Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; "
+                    "for request %s",
                     *(stored, order.tokens, gigabytes, milliseconds, rate, state.id),
                 )
         if state.ended and not state.copies:

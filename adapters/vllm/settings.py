@@ -6,7 +6,6 @@ Keys of ``kv_connector_extra_config`` are ``lmkv.<key>`` or ``lmcache.<key>``; a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -25,12 +24,12 @@ _GIB = 1024**3
 _RAM_CAPACITY = 5 * _GIB
 
 #: Keys that configurations for other connectors carry and that mean nothing here.
-_IGNORED = frozenset(
-    """lmcache_rpc_port discard_partial_chunks skip_last_n_tokens use_native max_tokens_per_load mp.host mp.port
-    enable_cache_usage_details_in_response spec_name spec_module_path""".split()
+_IGNORED = (
+    *("lmcache_rpc_port", "discard_partial_chunks", "skip_last_n_tokens", "use_native", "max_tokens_per_load"),
+    *("mp.host", "mp.port", "enable_cache_usage_details_in_response"),
 )
 _SAMPLE = 64 * 1024  # bytes read at the begin, middle and end of a weight file
-_LOADS = ("auto", "sync", "async")
+_CHOICES = {"load": ("auto", "sync", "async"), "pin": ("background", "start")}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Settings:
         store: the store's settings; model, revision and the like are filled in from vLLM's configuration.
         layerwise: load layer by layer under the forward pass (needs piecewise CUDA graphs).
         load: ``sync`` loads before the forward pass of the step, ``async`` between steps, ``auto`` chooses.
+        pin: on a GPU, pin slots in the ``background`` or before the first step (``start``).
         min_load_tokens: shorter hits are computed instead.
         save_decode_cache: keep the KV of generated tokens, too.
         log_requests: a line for each lookup, load and store.
@@ -50,6 +50,7 @@ class Settings:
     store: StoreConfig
     layerwise: bool = False
     load: str = "auto"
+    pin: str = "background"
     min_load_tokens: int = 1
     save_decode_cache: bool = False
     log_requests: bool = True
@@ -73,14 +74,11 @@ def _own(extra: dict[str, object]) -> dict[str, Any]:
             own[name] = _flag(name, extra.pop(name))
     if "use_layerwise" in extra:
         own.setdefault("layerwise", _flag("use_layerwise", extra.pop("use_layerwise")))
-    if "load" in extra:
-        own["load"] = str(extra.pop("load"))
-        if own["load"] not in _LOADS:
-            near = difflib.get_close_matches(own["load"], _LOADS, n=1) or _LOADS
-            raise ConfigError(
-                f"kv_connector_extra_config: load: expected one of {', '.join(_LOADS)}; got {own['load']!r}: "
-                f"did you mean {near[0]!r}?"
-            )
+    for name, choices in _CHOICES.items():
+        if name in extra:
+            own[name] = str(extra.pop(name))
+            if own[name] not in choices:
+                raise ConfigError(f"kv_connector_extra_config: {name}: expected one of {', '.join(choices)}; got {own[name]!r}")
     for name in ("min_load_tokens", "min_retrieve_tokens"):
         if name in extra:
             value = extra.pop(name)
@@ -93,8 +91,8 @@ def _own(extra: dict[str, object]) -> dict[str, Any]:
 def read_settings(extra_config: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from ``kv_connector_extra_config``, ``LMKV_*`` and ``LMCACHE_*`` variables and the file these name.
 
-    Later ones win: file, ``LMCACHE_*``, ``LMKV_*``, ``kv_connector_extra_config``. Unless something asks for it there is no disk
-    tier, and the RAM tier has 5 GiB.
+    Later ones win: file, ``LMCACHE_*``, ``LMKV_*``, ``kv_connector_extra_config``. Unless something asks for it there is no
+    disk tier, and the RAM tier has 5 GiB.
 
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a wrong value.

@@ -28,9 +28,10 @@ class _MakeOrder(Protocol):
 def store_orders(
     store: Store, settings: Settings, state: RequestState, computed: int, make_order: _MakeOrder
 ) -> list[tuple[CopyOrder, Reservation]]:
-    """Orders for the chunks that are complete once a request has ``computed`` tokens of KV, the short last one of its prompt included.
+    """Orders for the chunks that are complete once a request has ``computed`` tokens of KV.
 
-    Chunks that are held already, or that another request is filling, are left out.
+    The short last chunk of its prompt counts as complete. Chunks that are held already, or that another request is filling, are
+    left out.
     """
     request: Any = state.request
     prompt = int(request.num_prompt_tokens)

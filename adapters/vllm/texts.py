@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Wishes:
 
 
 def wishes_of(params: Mapping[str, Any] | None) -> Wishes:
-    """Read ``kv_transfer_params``: ``lmkv.skip_save``, ``lmkv.skip_load``, ``lmkv.salt``, ``lmkv.tag.<name>``; or ``lmcache.…``."""
+    """Read ``kv_transfer_params``: ``skip_save``, ``skip_load``, ``salt``, ``tag.<name>``, each behind ``lmkv.`` or ``lmcache.``."""
     flags = {"skip_save": False, "skip_load": False}
     salt, tags, unknown = "", [], []
     for key, value in (params or {}).items():
@@ -80,7 +81,9 @@ def must_compute(request: Any) -> bool:
 
 def text_of(request: Any) -> npt.NDArray[np.uint32]:
     """All of a request's tokens so far, with the place-holders of images, audio, … replaced by ids made of their hashes."""
-    tokens = np.array(list(request.all_token_ids), dtype=np.uint32)
+    tokens = np.frombuffer(array("I", request.all_token_ids[:]), dtype=np.uint32)
+    if request.mm_features:
+        tokens = tokens.copy()
     for feature in request.mm_features or ():
         place = feature.mm_position
         stop = min(place.offset + place.length, len(tokens))
@@ -104,7 +107,9 @@ def namespace_of(base: Namespace, request: Any, wishes: Wishes, adapters: Adapte
         if feature.mm_position.length < _FEW_TOKENS
     ]
     if few or wishes.tags:
-        changes["extra"] = base.extra + "".join(f";tag:{tag}" for tag in wishes.tags) + "".join(f";input:{name}" for name in few)
+        changes["extra"] = (
+            base.extra + "".join(f";tag:{tag}" for tag in wishes.tags) + "".join(f";input:{name}" for name in few)
+        )
     return base.replace(**changes) if changes else base
 
 

@@ -9,7 +9,9 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from ...errors import LayoutMismatchError, LMKVError
+from ...events import Emitter, Event
 from ...pool import MappedPool
+from ...transfer import Gpu, Pinner
 from .copies import Copier, Running, SlotMemory
 from .geometry import ShardGeometry, shard_geometry
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo
@@ -26,12 +28,15 @@ class WorkerHalf:
     Args:
         vllm_config, kv_cache_config: vLLM's.
         layerwise: order the forward pass behind each layer of a load by itself.
+        pin_at_start: pin the slots before the first step, not beside it.
     """
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, *, layerwise: bool) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *, layerwise: bool, pin_at_start: bool = False) -> None:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._layerwise = layerwise
+        self._pin_at_start = pin_at_start
+        self._pinner: Pinner | None = None
         self._geometry: ShardGeometry | None = None
         self._refusal = "no KV tensors were registered"
         self._rank = (0, 0)
@@ -135,7 +140,7 @@ class WorkerHalf:
     def take_report(self) -> Report | None:
         """What ended since the last call."""
         report, self._report = self._report, Report()
-        return report if report else None
+        return report or None
 
     def close(self) -> None:
         """End all copies and let the slots go."""
@@ -143,6 +148,9 @@ class WorkerHalf:
             running.wait()
         self._collect()
         self._copier = None
+        if self._pinner is not None:
+            self._pinner.close()
+            self._pinner = None
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None
@@ -157,16 +165,26 @@ class WorkerHalf:
             slots: SlotMemory | None = local_pool(info.key)
             if slots is None:
                 if info.handle is None:
-                    raise LayoutMismatchError("expected the slots of this process or shared ones; they are another process's own")
+                    raise LayoutMismatchError(
+                        "expected the slots of this process or shared ones; they are another process's own"
+                    )
                 slots = self._mapped = MappedPool(info.handle)
             self._stores = self._rank in info.stores
             self._copier = Copier(geometry, info.layout, info.first_layer[self._rank], slots)
+            if self._copier.device is not None:
+                self._pinner = Pinner(slots, Gpu.of(self._copier.device), emit=Emitter(self._told))
+                if self._pin_at_start:
+                    self._pinner.wait()
         except LMKVError as error:
             self._refusal = f"{type(error).__name__}: {error}"
             logger.warning("LMKV: rank %s can't reach the slots: %s", self._rank, self._refusal)
             self._report.reasons.append(self._refusal)
             return
         self._report.mapped += 1
+
+    @staticmethod
+    def _told(event: Event) -> None:
+        logger.warning("LMKV: %s: %s", event.kind, dict(event.detail))
 
     def _begin(self, order: CopyOrder, *, load: bool) -> Running:
         if self._copier is None:

@@ -1,7 +1,7 @@
 """Tiny models with random weights, saved as vLLM reads them, whose outputs react to the KV of every position.
 
-Attention of randomly initialised models is nearly uniform and its output small beside the residual stream, so a test that compares
-tokens would pass with wrong KV. Here queries, keys and values are scaled up: ``test_reuse.py`` proves that a change at any
+Attention of randomly initialised models is nearly uniform and its output small beside the residual stream, so a test that
+compares tokens would pass with wrong KV. Here queries, keys and values are scaled up; a test proves that a change at any
 position is seen.
 """
 
