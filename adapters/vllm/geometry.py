@@ -6,8 +6,8 @@ Geometry is derived from a tensor's shape and the layer's spec, never from a ver
 - ``[blocks, 2, tokens, heads, head_size]``, ``[2, blocks, tokens, heads, head_size]`` (GPU backends to 0.25);
 - ``[blocks, tokens, size]`` or ``[blocks, 1, tokens, size]``, one latent a token (MLA).
 
-Strides are free. A tensor may cut a block of the scheduler's into several. CPU kernels arrange numbers within a block in ways of
-their own, which :mod:`.packing` finds out. Anything else is refused with a reason.
+Strides are free. A tensor may cut a block of the scheduler's into several. CPU kernels arrange numbers within a block in their
+own ways, which :mod:`.packing` finds out. Anything else is refused with a reason.
 """
 
 from __future__ import annotations

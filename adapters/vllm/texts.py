@@ -41,7 +41,7 @@ class Wishes:
 
 
 def wishes_of(params: Mapping[str, Any] | None) -> Wishes:
-    """Read ``kv_transfer_params``: ``skip_save``, ``skip_load``, ``salt``, ``tag.<name>``, each behind ``lmkv.`` or ``lmcache.``."""
+    """Read ``kv_transfer_params``: ``skip_save``, ``skip_load``, ``salt``, ``tag.<name>``, behind ``lmkv.`` or ``lmcache.``."""
     flags = {"skip_save": False, "skip_load": False}
     salt, tags, unknown = "", [], []
     for key, value in (params or {}).items():

@@ -1,0 +1,193 @@
+"""A vLLM engine in this process, with or without LMKV, and what tests ask of it."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models import VOCABULARY
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+#: Tokens of a block and of a chunk; they differ, so that neither hides the other's edges.
+BLOCK, CHUNK = 32, 48
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one prompt."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[dict[int, float], ...]
+    cached: int
+    reason: str | None
+
+
+def text(length: int, seed: int) -> list[int]:
+    """Random token ids."""
+    numbers = random.Random(seed)
+    return [numbers.randrange(VOCABULARY) for _ in range(length)]
+
+
+def difference(a: Answer, b: Answer) -> float:
+    """Largest difference of log-probabilities, over tokens that both list; tokens must be equal."""
+    assert a.tokens == b.tokens, f"greedy tokens differ: {a.tokens} and {b.tokens}"
+    return max(
+        abs(one[token] - other[token])
+        for one, other in zip(a.logprobs, b.logprobs, strict=True)
+        for token in one.keys() & other.keys()
+    )
+
+
+def assert_same(found: list[Answer], wanted: list[Answer]) -> None:
+    """Equal greedy tokens, and log-probabilities within 1e-4."""
+    for answer, reference in zip(found, wanted, strict=True):
+        assert difference(answer, reference) < 1e-4
+
+
+class Engine:
+    """An ``LLM`` in float32.
+
+    Args:
+        model: folder.
+        connector: ``kv_connector_extra_config``, or ``None`` for no connector.
+        policy: ``kv_load_failure_policy``.
+        settings: of ``LLM``.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        connector: dict[str, Any] | None = {},  # noqa: B006  only read
+        policy: str = "recompute",
+        role: str = "kv_both",
+        **settings: Any,
+    ) -> None:
+        if connector is not None:
+            extra = {"lmkv.chunk_size": CHUNK, "lmkv.ram_capacity": "64MiB", "lmkv.ram_extent": "4MiB", **connector}
+            settings["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="LMKVConnector", kv_role=role, kv_load_failure_policy=policy, kv_connector_extra_config=extra
+            )
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 1024,
+            "enable_prefix_caching": False,
+            "block_size": BLOCK,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": False,
+            "seed": 0,
+        }
+        self.llm = LLM(model=str(model), **(defaults | settings))
+        self._connected = connector is not None
+
+    def ask(self, prompts: list[list[int]], *, tokens: int = 6, params: Any = None, **more: Any) -> list[Answer]:
+        """Greedy answers to prompts that come together."""
+        sampling = [
+            SamplingParams(
+                max_tokens=tokens,
+                temperature=0,
+                logprobs=5,
+                detokenize=False,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": params} if params else None,
+                **more,
+            )
+            for _ in prompts
+        ]
+        asked = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
+        return [_answer(output) for output in self.llm.generate(asked, sampling, use_tqdm=False)]
+
+    def one_by_one(self, prompts: list[list[int]], **more: Any) -> list[Answer]:
+        """Greedy answers to prompts that come after one another."""
+        return [self.ask([prompt], **more)[0] for prompt in prompts]
+
+    @property
+    def core(self) -> Any:
+        """vLLM's engine core."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def connector(self) -> Any:
+        """The scheduler's connector."""
+        return self.core.scheduler.connector
+
+    @property
+    def half(self) -> Any:
+        """The connector's scheduler half."""
+        return self.connector._scheduler
+
+    @property
+    def store(self) -> Any:
+        """The store."""
+        return self.half.store
+
+    @property
+    def worker(self) -> Any:
+        """The connector's worker half."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker
+
+    def forget_local(self) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.llm.reset_prefix_cache()
+
+    def settle(self, seconds: float = 10.0) -> None:
+        """Step until nothing is under way."""
+        until = time.monotonic() + seconds
+        while self.core.scheduler.has_requests() and time.monotonic() < until:
+            self.core.step()
+
+    def check_clean(self) -> None:
+        """Nothing is left behind: no request, copy, lease, reservation or block."""
+        self.settle()
+        scheduler = self.core.scheduler
+        assert not scheduler.requests
+        pool = scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # the null block
+        half = self.half
+        assert not half._requests
+        assert not half._copies
+        assert not half._filling
+        assert not self.worker._running
+        assert not self.worker._held
+        if half.store is not None:
+            stats = half.store.stats()
+            assert (stats.leases, stats.reservations) == (0, 0)
+            half.store._check()
+            assert all(node.pins == 0 for node in half.store._ram.index)
+
+    def close(self) -> None:
+        """End the engine; what was left behind is an error."""
+        if self.llm is None:
+            return
+        try:
+            if self._connected:
+                self.check_clean()
+        finally:
+            from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+            self.core.shutdown()
+            ensure_kv_transfer_shutdown()
+            self.llm = None
+            gc.collect()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _answer(output: Any) -> Answer:
+    first = output.outputs[0]
+    logprobs = tuple({token: entry.logprob for token, entry in step.items()} for step in first.logprobs or ())
+    return Answer(tuple(first.token_ids), logprobs, output.num_cached_tokens or 0, first.finish_reason)
