@@ -91,6 +91,7 @@ class PoolInfo:
         layout: of a whole chunk, all ranks' parts.
         first_layer: by ``(pp_rank, tp_rank)``, number in the layout of the rank's first layer.
         stores: ranks that fill slots; the others hold copies of what these hold.
+        pin: have slots pinned for a GPU.
     """
 
     key: str
@@ -98,6 +99,7 @@ class PoolInfo:
     layout: KVLayout
     first_layer: dict[tuple[int, int], int]
     stores: frozenset[tuple[int, int]]
+    pin: bool = True
 
 
 @dataclass

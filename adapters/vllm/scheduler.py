@@ -106,7 +106,7 @@ class SchedulerHalf:
             self.store._ram.pool.grow_ahead(config.ram_capacity)
         handle = self.store.pool_handle() if config.ram_shared else None
         stores = frozenset(rank for rank in shards if not (replicated and rank[1] > 0))
-        self._pool = PoolInfo(key, handle, layout, first_layer, stores)
+        self._pool = PoolInfo(key, handle, layout, first_layer, stores, config.ram_pin)
         tiers = ", ".join(f"{tier.name} {tier.capacity_bytes / 1024**3:.1f} GiB" for tier in self.store.stats().tiers)
         logger.info(
             "LMKV: chunks of %d tokens, %d bytes of KV a token, tiers: %s", layout.chunk_tokens, layout.token_bytes, tiers

@@ -115,7 +115,10 @@ class WorkerHalf:
             if self._failed_step > orders.healed:  # the pass may have read blocks that were never filled
                 self._running.append(Running(order, error="a load failed before the pass that computed it"))
             else:
-                self._running.append(self._begin(order, load=False))
+                running = self._begin(order, load=False)
+                self._running.append(running)
+                if self._copier is not None and self._geometry is not None and any(self._geometry.windows):
+                    self._copier.wait_all(running)  # a window's blocks are taken back as it moves on, while the request runs
 
     def finished(self, orders: Orders) -> tuple[set[str], set[str]]:
         """Requests that need their blocks no longer, and requests whose loads have ended."""
@@ -171,7 +174,7 @@ class WorkerHalf:
                 slots = self._mapped = MappedPool(info.handle)
             self._stores = self._rank in info.stores
             self._copier = Copier(geometry, info.layout, info.first_layer[self._rank], slots)
-            if self._copier.device is not None:
+            if info.pin and self._copier.device is not None:
                 self._pinner = Pinner(slots, Gpu.of(self._copier.device), emit=Emitter(self._told))
                 if self._pin_at_start:
                     self._pinner.wait()
