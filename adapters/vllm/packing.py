@@ -88,13 +88,13 @@ def probe_packing(name: str, layer: Any, tensor: torch.Tensor, heads: int, size:
         for bit in range(count.bit_length()):
             written = _write(update, layer, tensor, numbers, bit, kind)
             places |= written.astype(np.int64) << bit
-        table = np.full(count, -1, np.int64)
         reached = np.flatnonzero(places)
-        table[places[reached] - 1] = reached
-        if (table < 0).any() or len(reached) != count:
+        if not np.array_equal(np.sort(places[reached]), np.arange(1, count + 1)):
             raise LayoutMismatchError(
                 f"layer {name}: expected each number in one place of a block; the kernel wrote {len(reached)}"
             )
+        table = np.empty(count, np.int64)
+        table[places[reached] - 1] = reached
         try:
             found.append(packing_of(table.reshape(tokens, size)))
         except LayoutMismatchError as error:
