@@ -1,0 +1,195 @@
+"""What goes wrong is computed again: failed loads and stores, slow tiers, damaged records, processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engine, assert_same, text
+
+from lmkv.adapters.vllm.copies import Copier, Running
+from lmkv.backends.memory import MemoryBackend
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, way: str, when: Callable[[int], bool]) -> list[int]:
+    """Have the worker's loads (or stores) fail whose number, counted from 0, is one of ``when``; returns those that did."""
+    real, calls, failed = getattr(Copier, way), iter(range(10**6)), []
+
+    def copy(self: Copier, order: Any, **more: Any) -> Running:
+        number = next(calls)
+        if when(number):
+            failed.append(number)
+            return Running(order, error="injected")
+        return real(self, order, **more)
+
+    monkeypatch.setattr(Copier, way, copy)
+    return failed
+
+
+@pytest.mark.parametrize("load", ["sync", "async"])
+@pytest.mark.parametrize("caching", [False, True])
+def test_failed_loads_are_computed(
+    load: str, caching: bool, engine_of: Callable[..., Any], references: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = text(150, seed=51)
+    prompts = [shared + text(60, seed) for seed in (52, 53, 54)]
+    longer = [prompt + text(70, seed=60) for prompt in prompts]
+    wanted, wanted_longer = references("llama", prompts), references("llama", longer)
+    engine = engine_of(connector={"lmkv.load": load}, enable_prefix_caching=caching)
+    assert_same(engine.ask(prompts), wanted)
+    engine.settle()
+    engine.forget_local()
+    with monkeypatch.context() as patch:
+        failed = failing(patch, "load", lambda number: number in (0, 1))
+        assert_same(engine.ask(longer), wanted_longer)
+        assert failed
+    counted = dict(engine.half.counts.interval)
+    assert counted["load_failures"] == len(failed)
+    engine.settle()
+    engine.forget_local()
+    # nothing that was computed on unfilled blocks was kept
+    assert_same(engine.ask(longer), wanted_longer)
+    engine.forget_local()
+    assert_same(engine.one_by_one(prompts + longer), wanted + wanted_longer)
+    engine.check_clean()
+
+
+def test_a_failed_load_ends_the_request_where_vllm_is_told_so(
+    engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(policy="fail")
+    prompt = text(150, seed=61)
+    right = engine.ask([prompt])
+    with monkeypatch.context() as patch:
+        failing(patch, "load", lambda number: True)
+        assert engine.ask([prompt])[0].reason == "error"
+    engine.settle()
+    assert_same(engine.ask([prompt]), right)
+
+
+def test_failed_stores_are_misses(
+    engine_of: Callable[..., Any], references: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = text(150, seed=71)
+    wanted = references("llama", [prompt])
+    engine = engine_of(max_num_batched_tokens=64)
+    with monkeypatch.context() as patch:
+        failed = failing(patch, "store", lambda number: number == 1)
+        assert_same(engine.ask([prompt]), wanted)
+        assert failed
+    again = engine.ask([prompt])
+    assert_same(again, wanted)
+    assert again[0].cached in (48, 149)  # a chunk that failed is stored again with the next ones
+    assert_same(engine.ask([prompt]), wanted)
+    engine.check_clean()
+
+
+def test_texts_come_back_from_disk_after_a_restart(
+    tmp_path: Path, engine_of: Callable[..., Any], references: Callable[..., Any]
+) -> None:
+    prompts = [text(length, seed=80 + length) for length in (40, 150, 333)]
+    wanted = references("llama", prompts)
+    disk = {"lmkv.disk_path": str(tmp_path / "kv"), "lmkv.disk_capacity": "64MiB"}
+    first = engine_of(connector=disk)
+    assert_same(first.ask(prompts), wanted)
+    first.close()
+    second = engine_of(connector=disk)
+    found = second.one_by_one(prompts)
+    assert_same(found, wanted)
+    assert [answer.cached for answer in found] == [39, 149, 332]
+    assert second.store.stats().tiers[1].read_chunks > 0
+
+
+def test_a_killed_process_leaves_a_disk_that_serves(
+    tmp_path: Path, models: Callable[[str], Path], engine_of: Callable[..., Any], references: Callable[..., Any]
+) -> None:
+    prompts = [text(300, seed=90 + i) for i in range(6)]
+    wanted = references("llama", prompts)
+    disk = {"lmkv.disk_path": str(tmp_path / "kv"), "lmkv.disk_capacity": "64MiB"}
+    code = f"""
+from engines import Engine, text
+engine = Engine({str(models("llama"))!r}, connector={disk!r})
+for i in range(6):
+    engine.ask([text(300, seed=90 + i)])
+    print("asked", i, flush=True)
+while True:
+    pass
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("asked 3"):
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(10) == -signal.SIGKILL
+    finally:
+        timer.cancel()
+        process.kill()
+    engine = engine_of(connector=disk)
+    assert_same(engine.one_by_one(prompts), wanted)
+    assert_same(engine.one_by_one(prompts), wanted)
+
+
+class SlowBackend(MemoryBackend):
+    """A memory backend that takes its time, or none at all, as the test says."""
+
+    delay = 0.0
+
+    def read_many(self, keys: Any, out: Any) -> Any:
+        time.sleep(SlowBackend.delay)
+        return super().read_many(keys, out)
+
+
+@pytest.mark.parametrize(("delay", "deadline"), [(0.3, 5.0), (3.0, 0.5)])
+def test_slow_tiers_are_waited_for_until_their_deadline(
+    delay: float,
+    deadline: float,
+    engine_of: Callable[..., Any],
+    references: Callable[..., Any],
+    register: Callable[[str, str, str], None],
+) -> None:
+    register("lmkv.backends", "slow", f"{__name__}:SlowBackend")
+    prompt = text(250, seed=95)
+    wanted = references("llama", [prompt])
+    tier = {"backend": "slow", "capacity": "64MiB", "deadline_seconds": deadline}
+    engine = engine_of(connector={"lmkv.tiers": [tier]})
+    assert_same(engine.ask([prompt]), wanted)
+    engine.settle()
+    assert engine.store.flush(10)
+    with engine.store._lock:
+        engine.store._ram.clear()
+    time.sleep(1.1)  # a tier's answer, here that it has nothing, is believed for a second
+    SlowBackend.delay = delay
+    try:
+        begun = time.monotonic()
+        found = engine.ask([prompt])
+        took = time.monotonic() - begun
+    finally:
+        SlowBackend.delay = 0.0
+    assert_same(found, wanted)
+    if delay < deadline:
+        assert found[0].cached == 240  # whole chunks: such a tier does not list what is near
+    else:
+        assert found[0].cached == 0
+        assert took < delay, "the engine waited for a tier beyond its deadline"
+        time.sleep(delay)  # the read that was given up still holds slots until it ends
+
+
+def test_an_engine_closes_while_copies_are_held(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of()
+    engine.ask([text(100, seed=99)])
+    engine.close()
+    assert engine.llm is None
