@@ -17,7 +17,7 @@ __all__ = ["KINDS", "Event", "EventSink"]
 KINDS: Mapping[str, str] = {
     "stored": "chunks became visible in a tier; chunks, tokens, bytes",
     "loaded": "chunks came from a slow tier into slots; chunks, tokens, bytes, seconds",
-    "evicted": "a tier made room; chunks",
+    "evicted": "a tier made room; chunks, and of the RAM tier their keys",
     "load_failed": "a chunk that was found could not be read: a miss; key, reason",
     "corrupt": "a record failed its checks and was deleted: a miss; key, reason",
     "write_dropped": "chunks were not written to a slow tier; chunks, reason",

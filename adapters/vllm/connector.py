@@ -13,7 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from .metrics import LMKVPromMetrics, LMKVStats
 from .plans import Orders, Report, ShardInfo
 from .scheduler import SchedulerHalf
 from .settings import read_settings
@@ -157,7 +159,25 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def take_events(self) -> Iterable[Any]:
         """See vLLM's base class."""
-        return ()
+        published = self._control.published
+        return published.take() if published is not None else ()
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Counts of the scheduler's half, which knows of all copies."""
+        taken = self._scheduler.take_counts() if self._scheduler is not None else None
+        return LMKVStats(data=taken) if taken else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """See vLLM's base class."""
+        return LMKVStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KVConnectorPromMetrics | None:
+        """See vLLM's base class."""
+        return LMKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         """See vLLM's base class."""

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from ...errors import LMKVError
+from ...events import Event
 from ...handles import Lease, Reservation
 from ...layout import KVLayout
 from ...store import Store
@@ -18,7 +19,7 @@ from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
 from .requests import CopyRecord, RequestState
 from .settings import Settings, with_model
-from .stats import Counts
+from .stats import Counts, Published
 from .storing import store_orders
 from .texts import AdapterVersions, must_compute, namespace_of, refusal, wishes_of
 
@@ -48,6 +49,8 @@ class SchedulerHalf:
         self.store: Store | None = None
         self.refusal = "the workers have not said yet what their KV is"
         self.counts = Counts()
+        events = vllm_config.kv_events_config
+        self.published = Published() if events is not None and events.enable_kv_cache_events else None
         self._shards: dict[tuple[int, int], ShardInfo] = {}
         self._pool: PoolInfo | None = None
         self._mapped = 0
@@ -97,7 +100,7 @@ class SchedulerHalf:
         parallel = self._vllm_config.parallel_config
         shared = len(shards) > 1 or parallel.distributed_executor_backend not in (None, "uni")
         config, self._extra = with_model(config, self._vllm_config, shared=shared)
-        self.store = Store(config, layout, on_event=self.counts.event)
+        self.store = Store(config, layout, on_event=self._heard)
         self.store.namespace = self.store.namespace.replace(extra=self._extra)
         key = uuid.uuid4().hex
         offer_pool(key, self.store._ram.pool)
@@ -111,6 +114,14 @@ class SchedulerHalf:
         logger.info(
             "LMKV: chunks of %d tokens, %d bytes of KV a token, tiers: %s", layout.chunk_tokens, layout.token_bytes, tiers
         )
+
+    def _heard(self, event: Event) -> None:
+        """Listen to the store."""
+        self.counts.event(event)
+        if self.published is not None:
+            self.published.event(event)
+        if event.kind in ("tier_disabled", "tier_enabled", "unpinned", "corrupt", "reservation_lost", "lease_expired"):
+            logger.warning("LMKV: %s %s: %s", event.tier, event.kind, dict(event.detail))
 
     def _unserved(self, shards: dict[tuple[int, int], ShardInfo]) -> str:
         parallel = self._vllm_config.parallel_config
@@ -169,6 +180,8 @@ class SchedulerHalf:
             if lease is None:
                 return None, False
             state.drop_lease()
+            if state.looked_at[0] != most:
+                self.counts.add(lookup_tokens=most)
             state.lease, state.looked_at = lease, (most, self._generation)
         assert state.lease is not None
         hit = min(state.lease.hit_tokens, most)
@@ -190,7 +203,7 @@ class SchedulerHalf:
             if not state.prefetch.done() and time.monotonic() < state.give_up:
                 return None
             if not state.prefetch.done():
-                self.counts.late()
+                self.counts.add(late_prefetches=1)
             state.prefetch, state.prefetched = None, True
         match = store.lookup(tokens, namespace=namespace)
         if match.pending or (match.hit_tokens < most and match.keys[match.full] in self._filling):
@@ -232,7 +245,7 @@ class SchedulerHalf:
         self._loads.append(order)
         self._copies[order.id] = CopyRecord(order, state, lease)
         state.copies.add(order.id)
-        self.counts.hit(external)
+        self.counts.add(hit_tokens=external)
         if self._settings.log_requests:
             logger.info(
                 "LMKV: Reqid: %s, Total tokens %d, LMKV hit tokens: %d, need to load: %d",
@@ -358,7 +371,7 @@ class SchedulerHalf:
             record.hold.release()
             if record.failed:
                 state.no_load = True
-                self.counts.load_failed(order.tokens)
+                self.counts.add(load_failures=1)
             else:
                 self.counts.loaded(order.tokens, size, record.seconds)
                 if self._settings.log_requests:
@@ -370,7 +383,7 @@ class SchedulerHalf:
         elif record.failed:
             record.hold.abort()
             state.stored_to = min(state.stored_to, order.parts[0].start)
-            self.counts.store_failed(order.tokens)
+            self.counts.add(store_failures=1)
         else:
             stored = self._commit(record)
             self.counts.stored(stored, size, record.seconds)
@@ -386,7 +399,13 @@ class SchedulerHalf:
     def _commit(self, record: CopyRecord) -> int:
         try:
             self._generation += 1
-            return record.hold.commit()  # type: ignore[union-attr]
+            reservation = record.hold
+            assert isinstance(reservation, Reservation)
+            stored = reservation.commit()
+            if self.published is not None:
+                lora = record.state.request.lora_request
+                self.published.stored(reservation, None if lora is None else lora.lora_name)
+            return stored
         except LMKVError as error:
             logger.warning("LMKV: what was copied can't be kept: %s", error)
             return 0
@@ -412,7 +431,17 @@ class SchedulerHalf:
         if self.store is not None:
             self.store.clear()
             self._generation += 1
+            if self.published is not None:
+                self.published.cleared()
         return True
+
+    def take_counts(self) -> dict[str, Any]:
+        """What happened since the last call, with the RAM tier's state; empty if nothing did."""
+        taken = self.counts.take()
+        if taken and self.store is not None:
+            ram = self.store.stats().tiers[0]
+            taken |= {"ram_used_bytes": ram.used_bytes, "ram_capacity_bytes": ram.capacity_bytes, "ram_chunks": ram.chunks}
+        return taken
 
     def close(self) -> None:
         """Give up what is under way, write what waits for slow tiers, close the store."""

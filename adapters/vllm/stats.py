@@ -1,58 +1,120 @@
-"""What the connector counts: for vLLM's own statistics lines and for Prometheus."""
+"""What the connector counts, and the KV events it publishes; vLLM takes both after each step."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import Any
 
+from ...chunks import TOKEN_BYTES
 from ...events import Event
+from ...handles import Reservation
 
-__all__ = ["Counts"]
+__all__ = ["Counts", "Published"]
+
+_FAILURES = ("tier_failed", "load_failed", "corrupt", "write_dropped")
 
 
 class Counts:
-    """Counts since they were last taken."""
+    """Counts since they were last taken. The store tells its events from any thread."""
 
     def __init__(self) -> None:
-        self.interval: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._interval: Counter[str] = Counter()
+        self._seconds: dict[str, list[float]] = {}
+        #: Requests served without reuse, by reason, since the start.
         self.bypasses: Counter[str] = Counter()
+
+    def add(self, **counts: int) -> None:
+        """Count."""
+        with self._lock:
+            self._interval.update(counts)
 
     def event(self, event: Event) -> None:
         """Listen to the store."""
-        self.interval[f"event:{event.tier}:{event.kind}"] += 1
-
-    def hit(self, tokens: int) -> None:
-        """Tokens found and to be loaded."""
-        self.interval["hit_tokens"] += tokens
+        if event.kind == "evicted":
+            self.add(evicted_chunks=int(str(event.detail["chunks"])))
+        elif event.kind in _FAILURES:
+            self.add(tier_failures=1)
 
     def loaded(self, tokens: int, size: int, seconds: float) -> None:
         """A load that ended well."""
-        self.interval.update(loads=1, loaded_tokens=tokens, loaded_bytes=size)
-        self.interval["load_us"] += round(seconds * 1e6)
-
-    def load_failed(self, tokens: int) -> None:
-        """A load that failed."""
-        self.interval.update(load_failures=1, load_failed_tokens=tokens)
+        self.add(loads=1, loaded_tokens=tokens, loaded_bytes=size)
+        self._seconds.setdefault("load_seconds", []).append(seconds)
 
     def stored(self, tokens: int, size: int, seconds: float) -> None:
         """A store that ended well."""
-        self.interval.update(stores=1, stored_tokens=tokens, stored_bytes=size)
-        self.interval["store_us"] += round(seconds * 1e6)
-
-    def store_failed(self, tokens: int) -> None:
-        """A store that failed."""
-        self.interval.update(store_failures=1, store_failed_tokens=tokens)
-
-    def late(self) -> None:
-        """Slow tiers that were given up for a request."""
-        self.interval["late_prefetches"] += 1
+        self.add(stores=1, stored_tokens=tokens, stored_bytes=size)
+        self._seconds.setdefault("store_seconds", []).append(seconds)
 
     def bypassed(self, why: str) -> None:
         """A request served without reuse."""
-        self.interval["bypassed_requests"] += 1
+        self.add(bypassed_requests=1)
         self.bypasses[why] += 1
+
+    def peek(self) -> dict[str, int]:
+        """The counts of this interval so far."""
+        with self._lock:
+            return dict(self._interval)
 
     def take(self) -> dict[str, Any]:
         """The counts, and begin anew."""
-        taken, self.interval = dict(self.interval), Counter()
+        with self._lock:
+            taken: dict[str, Any] = dict(self._interval)
+            self._interval = Counter()
+        taken |= self._seconds
+        self._seconds = {}
+        return taken
+
+
+class Published:
+    """KV events of the RAM tier, one block a chunk, as vLLM publishes its own (``kv_events_config``)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Any] = []
+
+    def stored(self, reservation: Reservation, lora: str | None) -> None:
+        """Chunks became visible."""
+        from vllm.distributed.kv_events import BlockStored
+
+        found = []
+        for chunk in reservation.chunks:
+            tokens = memoryview(chunk.piece).cast("I").tolist()
+            found.append(
+                BlockStored(
+                    block_hashes=[chunk.key],
+                    parent_block_hash=chunk.parent if chunk.start else None,
+                    token_ids=tokens,
+                    block_size=len(chunk.piece) // TOKEN_BYTES,
+                    lora_id=None,
+                    medium="CPU",
+                    lora_name=lora,
+                )
+            )
+        with self._lock:
+            self._waiting.extend(found)
+
+    def event(self, event: Event) -> None:
+        """Listen to the store: chunks that left the RAM tier."""
+        if event.kind != "evicted" or event.tier != "ram":
+            return
+        from vllm.distributed.kv_events import BlockRemoved
+
+        keys = event.detail.get("keys")
+        if isinstance(keys, tuple):
+            with self._lock:
+                self._waiting.append(BlockRemoved(block_hashes=list(keys), medium="CPU"))
+
+    def cleared(self) -> None:
+        """Everything was forgotten."""
+        from vllm.distributed.kv_events import AllBlocksCleared
+
+        with self._lock:
+            self._waiting.append(AllBlocksCleared())
+
+    def take(self) -> list[Any]:
+        """The events since the last call."""
+        with self._lock:
+            taken, self._waiting = self._waiting, []
         return taken

@@ -148,7 +148,7 @@ class RamTier:
                 assert node is not None, "a policy named a key that is not held"
                 self.drop(node)
             self.evictions += len(victims)
-            self._emit("evicted", self.name, chunks=len(victims))
+            self._emit("evicted", self.name, chunks=len(victims), keys=tuple(victims))
             missing -= len(victims)
             ask = min(ask, missing)
         return n - max(0, missing)

@@ -136,6 +136,14 @@ class Engine:
 
         return get_kv_transfer_group()._worker
 
+    @staticmethod
+    def metric(name: str) -> float:
+        """A value of ``lmkv:…`` as Prometheus would read it."""
+        from prometheus_client import REGISTRY
+
+        found = [sample.value for metric in REGISTRY.collect() for sample in metric.samples if sample.name == f"lmkv:{name}"]
+        return found[0] if found else 0.0
+
     def forget_local(self) -> None:
         """Empty vLLM's own prefix cache."""
         assert self.llm.reset_prefix_cache()
