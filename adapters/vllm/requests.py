@@ -15,7 +15,35 @@ from ...handles import Lease, Reservation
 from .plans import CopyOrder
 from .texts import Wishes, text_of
 
-__all__ = ["CopyRecord", "RequestState"]
+__all__ = ["CopyRecord", "Filling", "RequestState"]
+
+
+@dataclass
+class Filling:
+    """Slots that are being filled, by one copy or by several.
+
+    Args:
+        reservation: what becomes visible once all is there.
+        stop, reached: text positions: where it ends, and up to where copies were ordered.
+        copies: under way.
+        failed: one of them could not be made, or the rest will not come.
+    """
+
+    reservation: Reservation
+    stop: int
+    reached: int = -1
+    copies: int = 0
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reached < 0:
+            self.reached = self.stop
+
+    def drop(self) -> None:
+        """The rest will not come; slots are given back once no copy fills them."""
+        self.failed = True
+        if not self.copies:
+            self.reservation.abort()
 
 
 @dataclass
@@ -34,6 +62,7 @@ class RequestState:
         prefetched: they were read once; what is missing still is a miss.
         no_load: a load failed; what is left is computed.
         stored_to: tokens whose chunks were taken care of.
+        filling: the chunk that is being stored piece by piece.
         copies: ids of copies under way.
         hit_tokens: tokens found for it, for its log lines.
         ended: it is finished and only its copies are waited for.
@@ -51,6 +80,7 @@ class RequestState:
     prefetched: bool = False
     no_load: bool = False
     stored_to: int = 0
+    filling: Filling | None = None
     copies: set[int] = field(default_factory=set)
     hit_tokens: int = 0
     ended: bool = False
@@ -66,6 +96,13 @@ class RequestState:
         if self._text is None or len(self._text) < stop:
             self._text = text_of(self.request)
         return self._text[:stop]
+
+    def drop_filling(self) -> None:
+        """Give up the chunk that is being stored piece by piece."""
+        if self.filling is not None:
+            self.stored_to = min(self.stored_to, self.filling.reservation.chunks[0].start)
+            self.filling.drop()
+            self.filling = None
 
     def drop_lease(self) -> None:
         """Give up what was found and not loaded."""
@@ -90,7 +127,7 @@ class CopyRecord:
 
     order: CopyOrder
     state: RequestState
-    hold: Lease | Reservation
+    hold: Lease | Filling
     reports: int = 0
     failed: bool = False
     seconds: float = 0.0

@@ -17,7 +17,7 @@ from ...layout import KVLayout
 from ...store import Store
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
-from .requests import CopyRecord, RequestState
+from .requests import CopyRecord, Filling, RequestState
 from .settings import Settings, with_model
 from .stats import Counts, Published
 from .storing import store_orders
@@ -277,14 +277,16 @@ class SchedulerHalf:
             state = self._requests.get(name)
             if state is not None:
                 state.blocks = []
+                self._drop_filling(state)
         self._follow_blocks(output)
         stores: list[CopyOrder] = []
         if self.store is not None and self._may_store:
-            for state, computed in self._scheduled(output):
-                for order, reservation in store_orders(self.store, self._settings, state, computed, self._order):
+            windows = next(iter(self._shards.values())).windows
+            for state, steps in self._scheduled(output):
+                for order, filling in store_orders(self.store, self._settings, state, steps, windows, self._order):
                     stores.append(order)
-                    self._copies[order.id] = CopyRecord(order, state, reservation)
-                    self._filling.update(chunk.key for chunk in reservation.chunks)
+                    self._copies[order.id] = CopyRecord(order, state, filling)
+                    self._filling.update(chunk.key for chunk in filling.reservation.chunks)
                     state.copies.add(order.id)
         orders = Orders(
             step=self._step,
@@ -317,15 +319,15 @@ class SchedulerHalf:
                 for mine, more in zip(state.blocks, new_ids, strict=True):
                     mine.extend(more)
 
-    def _scheduled(self, output: Any) -> Iterable[tuple[RequestState, int]]:
-        """Requests of this step, with the tokens they will have computed behind it."""
+    def _scheduled(self, output: Any) -> Iterable[tuple[RequestState, tuple[int, int]]]:
+        """Requests of this step, with the tokens they have computed before and will have behind it."""
         cached = output.scheduled_cached_reqs
         pairs = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
         pairs += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
         for name, before in pairs:
             state = self._requests.get(name)
             if state is not None and state.namespace is not None and not state.wishes.skip_save:
-                yield state, before + output.num_scheduled_tokens[name]
+                yield state, (before, before + output.num_scheduled_tokens[name])
 
     def _idle(self) -> None:
         if self._copies or any(state.prefetch is not None for state in self._requests.values()):
@@ -360,55 +362,74 @@ class SchedulerHalf:
                 self._ended(record)
 
     def _ended(self, record: CopyRecord) -> None:
-        state, order = record.state, record.order
-        state.copies.discard(order.id)
-        if isinstance(record.hold, Reservation):
-            self._filling.difference_update(chunk.key for chunk in record.hold.chunks)
-        size = order.tokens * (self.store.layout.token_bytes if self.store else 0)
-        gigabytes, milliseconds = size / 1e9, record.seconds * 1e3
-        rate = gigabytes / record.seconds if record.seconds else 0.0
+        state = record.state
+        state.copies.discard(record.order.id)
         if isinstance(record.hold, Lease):
-            record.hold.release()
-            if record.failed:
-                state.no_load = True
-                self.counts.add(load_failures=1)
-            else:
-                self.counts.loaded(order.tokens, size, record.seconds)
-                if self._settings.log_requests:
-                    logger.info(
-                        "LMKV: Retrieved %d out of %d required tokens (from %d total tokens). size: %.4f gb, cost %.4f ms, "
-                        "throughput: %.4f GB/s; for request %s",
-                        *(order.tokens, order.tokens, state.hit_tokens, gigabytes, milliseconds, rate, state.id),
-                    )
-        elif record.failed:
-            record.hold.abort()
-            state.stored_to = min(state.stored_to, order.parts[0].start)
-            self.counts.add(store_failures=1)
+            self._loaded(record, record.hold)
         else:
-            stored = self._commit(record)
-            self.counts.stored(stored, size, record.seconds)
-            if self._settings.log_requests:
-                logger.info(
-                    "LMKV: Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; "
-                    "for request %s",
-                    *(stored, order.tokens, gigabytes, milliseconds, rate, state.id),
-                )
+            self._stored(record, record.hold)
         if state.ended and not state.copies:
             self._requests.pop(state.id, None)
 
-    def _commit(self, record: CopyRecord) -> int:
+    def _loaded(self, record: CopyRecord, lease: Lease) -> None:
+        lease.release()
+        order, state = record.order, record.state
+        if record.failed:
+            state.no_load = True
+            self.counts.add(load_failures=1)
+            return
+        size = order.tokens * self._token_bytes
+        self.counts.loaded(order.tokens, size, record.seconds)
+        if self._settings.log_requests:
+            logger.info(
+                "LMKV: Retrieved %d out of %d required tokens (from %d total tokens). size: %.4f gb, cost %.4f ms, "
+                "throughput: %.4f GB/s; for request %s",
+                *(order.tokens, order.tokens, state.hit_tokens, *_rate(size, record.seconds), state.id),
+            )
+
+    def _stored(self, record: CopyRecord, filling: Filling) -> None:
+        order, state, reservation = record.order, record.state, filling.reservation
+        filling.copies -= 1
+        filling.failed |= record.failed
+        if filling.copies == 0 and (filling.failed or filling.reached == filling.stop):
+            self._filling.difference_update(chunk.key for chunk in reservation.chunks)
+        if filling.failed:
+            if state.filling is filling:
+                state.filling = None
+            filling.drop()
+            state.stored_to = min(state.stored_to, reservation.chunks[0].start)
+            self.counts.add(store_failures=int(record.failed))
+            return
+        if filling.copies or filling.reached < filling.stop:
+            return
+        stored, size = self._commit(state, reservation), order.tokens * self._token_bytes
+        self.counts.stored(stored, size, record.seconds)
+        if self._settings.log_requests:
+            logger.info(
+                "LMKV: Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; for request %s",
+                *(stored, order.tokens, *_rate(size, record.seconds), state.id),
+            )
+
+    def _drop_filling(self, state: RequestState) -> None:
+        if state.filling is not None:
+            self._filling.difference_update(chunk.key for chunk in state.filling.reservation.chunks)
+            state.drop_filling()
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.store.layout.token_bytes if self.store is not None else 0
+
+    def _commit(self, state: RequestState, reservation: Reservation) -> int:
         try:
             self._generation += 1
-            reservation = record.hold
-            assert isinstance(reservation, Reservation)
             stored = reservation.commit()
-            if self.published is not None:
-                lora = record.state.request.lora_request
-                self.published.stored(reservation, None if lora is None else lora.lora_name)
-            return stored
         except LMKVError as error:
             logger.warning("LMKV: what was copied can't be kept: %s", error)
             return 0
+        if self.published is not None:
+            lora = state.request.lora_request
+            self.published.stored(reservation, None if lora is None else lora.lora_name)
+        return stored
 
     def finished(self, request: Any) -> bool:
         """A request has ended; whether its blocks must stay until its copies are done."""
@@ -416,6 +437,7 @@ class SchedulerHalf:
         if state is None:
             return False
         state.drop_lease()
+        self._drop_filling(state)
         state.prefetch = None
         state.ended = True
         if not state.copies:
@@ -448,7 +470,7 @@ class SchedulerHalf:
         for state in self._requests.values():
             state.drop_lease()
         for record in self._copies.values():
-            record.hold.release() if isinstance(record.hold, Lease) else record.hold.abort()
+            record.hold.release() if isinstance(record.hold, Lease) else record.hold.reservation.abort()
         self._copies.clear()
         self._requests.clear()
         if self._pool is not None:
@@ -457,3 +479,8 @@ class SchedulerHalf:
             self.store.close()
             self.store = None
             self.refusal = "the store was closed"
+
+
+def _rate(size: int, seconds: float) -> tuple[float, float, float]:
+    """GB, milliseconds, GB/s."""
+    return size / 1e9, seconds * 1e3, size / 1e9 / seconds if seconds else 0.0

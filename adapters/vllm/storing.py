@@ -1,22 +1,28 @@
-"""What of a request's KV is to be stored behind a step."""
+"""What of a request's KV is to be stored behind a step.
+
+Where all layers attend to the whole text, a chunk is stored once it is complete. Where some attend to a sliding window, vLLM
+takes blocks back that the window has passed, so the chunk that a step ends in is stored piece by piece, each behind the step
+that computed it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from vllm.logger import init_logger
 
 from ...chunks import TOKEN_BYTES
-from ...handles import Reservation
 from ...store import Store
 from .plans import CopyOrder, SlotPart
-from .requests import RequestState
+from .requests import Filling, RequestState
 from .settings import Settings
 
 __all__ = ["store_orders"]
 
 logger = init_logger("vllm.lmkv.scheduler")
+
+Ordered = list[tuple[CopyOrder, Filling]]
 
 
 class _MakeOrder(Protocol):
@@ -26,38 +32,99 @@ class _MakeOrder(Protocol):
 
 
 def store_orders(
-    store: Store, settings: Settings, state: RequestState, computed: int, make_order: _MakeOrder
-) -> list[tuple[CopyOrder, Reservation]]:
-    """Orders for the chunks that are complete once a request has ``computed`` tokens of KV.
+    store: Store,
+    settings: Settings,
+    state: RequestState,
+    steps: tuple[int, int],
+    windows: Sequence[int],
+    make_order: _MakeOrder,
+) -> Ordered:
+    """Orders for what can be stored once a step has taken a request from one number of computed tokens to another.
 
     The short last chunk of its prompt counts as complete. Chunks that are held already, or that another request is filling, are
     left out.
+
+    Args:
+        steps: tokens with KV before and behind the step.
+        windows: by KV cache group, 0 for none.
     """
+    window = min((window for window in windows if window), default=0)
     request: Any = state.request
     prompt = int(request.num_prompt_tokens)
     # generated tokens count once they are known: behind them may be drafts that are rejected
-    known = min(computed, request.num_tokens if settings.save_decode_cache else prompt)
+    known = min(steps[1], request.num_tokens if settings.save_decode_cache and not window else prompt)
     width = store.layout.chunk_tokens
-    target = prompt if known == prompt and store.config.save_partial_chunk else known // width * width
-    if target <= state.stored_to:
-        return []
+    partial = store.config.save_partial_chunk
+    found: Ordered = []
+    if window:
+        found += _continued(state, known, make_order)
+    target = prompt if known == prompt and partial else known // width * width
     start = state.stored_to // width * width
-    state.stored_to = target
+    if window:  # what the window had passed before the step is gone
+        start = max(start, -(-max(0, steps[0] - window + 1) // width) * width)
+    if target > max(state.stored_to, start - 1) and target > start:
+        found += _whole(store, state, start, target, make_order)
+        state.stored_to = target
+    if window and known < prompt and state.filling is None:
+        start = max(start, known // width * width)
+        stop = min(start + width, prompt)
+        if start < known and (stop - start == width or partial):
+            found += _begun(store, state, start, known, stop, make_order)
+    if settings.log_requests:
+        for order, _ in found:
+            logger.info(
+                "LMKV: Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s",
+                *(order.tokens, order.parts[-1].stop, order.parts[0].start, state.id),
+            )
+    return found
+
+
+def _whole(store: Store, state: RequestState, start: int, target: int, make_order: _MakeOrder) -> Ordered:
+    """All chunks between two positions, whose KV is there."""
     reservation = store.reserve(state.tokens(target), start=start, namespace=state.namespace)
-    if not reservation.chunks:
-        reservation.abort()
-        return []
     parts = []
     for chunk in reservation.chunks:
         stop = chunk.start + len(chunk.piece) // TOKEN_BYTES
         parts.append(SlotPart(chunk.slot, chunk.start, stop, chunk.start, stop))
-    order = make_order(state, tuple(parts), state.blocks, load=False)
-    if any(block < 0 for ids in order.blocks for block in ids):
-        reservation.abort()  # a sliding window has passed it: the blocks are gone
+    return _ordered(state, Filling(reservation, parts[-1].stop if parts else target), parts, make_order)
+
+
+def _begun(store: Store, state: RequestState, start: int, known: int, stop: int, make_order: _MakeOrder) -> Ordered:
+    """The first piece of a chunk that later steps complete."""
+    reservation = store.reserve(state.tokens(stop), start=start, namespace=state.namespace)
+    if not reservation.chunks:
+        reservation.abort()
         return []
-    if settings.log_requests:
-        logger.info(
-            "LMKV: Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s",
-            *(order.tokens, target, parts[0].start, state.id),
-        )
-    return [(order, reservation)]
+    chunk = reservation.chunks[0]
+    filling = Filling(reservation, stop, known)
+    found = _ordered(state, filling, [SlotPart(chunk.slot, start, stop, start, known)], make_order)
+    if found:
+        state.filling = filling
+    return found
+
+
+def _continued(state: RequestState, known: int, make_order: _MakeOrder) -> Ordered:
+    """The next piece of the chunk that an earlier step has begun."""
+    filling = state.filling
+    if filling is None or known <= filling.reached:
+        return []
+    chunk = filling.reservation.chunks[0]
+    stop = min(known, filling.stop)
+    found = _ordered(state, filling, [SlotPart(chunk.slot, chunk.start, filling.stop, filling.reached, stop)], make_order)
+    filling.reached = stop
+    if not found or stop == filling.stop:
+        state.filling = None
+        state.stored_to = max(state.stored_to, filling.stop)
+    return found
+
+
+def _ordered(state: RequestState, filling: Filling, parts: list[SlotPart], make_order: _MakeOrder) -> Ordered:
+    if not parts:
+        filling.reservation.abort()
+        return []
+    order = make_order(state, tuple(parts), state.blocks, load=False)
+    if any(block < 0 for ids in order.blocks for block in ids):  # a window has passed it after all
+        filling.drop()
+        return []
+    filling.copies += 1
+    return [(order, filling)]

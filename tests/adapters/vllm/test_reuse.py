@@ -37,14 +37,12 @@ def test_loaded_is_computed(
     engine.forget_local()
     again = engine.one_by_one(prompts)
     assert_same(again, wanted[: len(prompts)])
-    # all but one token of each prompt, whatever its length; what a window has passed is not kept
-    if kind != "window":
-        assert [answer.cached for answer in again] == [length - 1 for length in LENGTHS]
+    # all but one token of each prompt, whatever its length
+    assert [answer.cached for answer in again] == [length - 1 for length in LENGTHS]
     engine.forget_local()
     together = engine.ask(behind)
     assert_same(together, wanted[len(prompts) :])
-    if kind != "window":
-        assert [answer.cached for answer in together] == [300] * 3
+    assert [answer.cached for answer in together] == [300] * 3
     engine.check_clean()
 
 
