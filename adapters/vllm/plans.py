@@ -135,6 +135,7 @@ class Report(KVConnectorWorkerMetadata):
         failed: copies that at least one worker could not make.
         seconds: copy id to the longest time a worker took.
         mapped: workers that found the slots.
+        unreachable: why a worker can't; empty if none said so.
         failed_step: the last step in which a load failed, -1 for none.
         reasons: what went wrong, for people.
     """
@@ -143,6 +144,7 @@ class Report(KVConnectorWorkerMetadata):
     failed: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
     mapped: int = 0
+    unreachable: str = ""
     failed_step: int = -1
     reasons: list[str] = field(default_factory=list)
 
@@ -160,9 +162,10 @@ class Report(KVConnectorWorkerMetadata):
             self.failed | other.failed,
             seconds,
             self.mapped + other.mapped,
+            self.unreachable or other.unreachable,
             max(self.failed_step, other.failed_step),
             self.reasons + other.reasons,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.done or self.failed or self.mapped or self.reasons)
+        return bool(self.done or self.failed or self.mapped or self.unreachable or self.reasons)

@@ -167,10 +167,12 @@ class SchedulerHalf:
         """How many tokens behind ``computed`` can be loaded, and whether between steps; ``None``: ask again."""
         state = self.arrived(request)
         state.computed = computed
-        if state.namespace is None or self.store is None or not self._may_load:
+        if state.namespace is None or self.store is None or self.refusal or not self._may_load:
             return 0, False
         if state.wishes.skip_load or state.no_load or must_compute(request):
             return 0, False
+        if self._mapped < len(self._shards):
+            return None, False  # an empty step, in which the workers look for the slots
         self._renew()
         most = request.num_tokens - 1  # the last token is computed: it yields the next one
         if most - computed < self._settings.min_load_tokens:
@@ -280,7 +282,7 @@ class SchedulerHalf:
                 self._drop_filling(state)
         self._follow_blocks(output)
         stores: list[CopyOrder] = []
-        if self.store is not None and self._may_store:
+        if self.store is not None and self._may_store and not self.refusal:
             windows = next(iter(self._shards.values())).windows
             for state, steps in self._scheduled(output):
                 for order, filling in store_orders(self.store, self._settings, state, steps, windows, self._order):
@@ -349,6 +351,9 @@ class SchedulerHalf:
         if report is None:
             return
         self._mapped += report.mapped
+        if report.unreachable and not self.refusal:
+            self.refusal = report.unreachable
+            logger.warning("LMKV: reuse is off, everything is computed: %s", self.refusal)
         self._healed = max(self._healed, report.failed_step)
         for reason in report.reasons:
             logger.warning("LMKV: a copy failed: %s", reason)

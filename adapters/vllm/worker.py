@@ -181,7 +181,7 @@ class WorkerHalf:
         except LMKVError as error:
             self._refusal = f"{type(error).__name__}: {error}"
             logger.warning("LMKV: rank %s can't reach the slots: %s", self._rank, self._refusal)
-            self._report.reasons.append(self._refusal)
+            self._report.unreachable = self._refusal
             return
         self._report.mapped += 1
 

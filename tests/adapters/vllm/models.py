@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
 
 VOCABULARY = 512
 #: Shapes that all models share: small, with grouped-query attention.
@@ -30,14 +30,17 @@ _COMMON = {
 
 
 def config_of(kind: str) -> PretrainedConfig:
-    """The configuration of ``llama``, ``qwen3`` or ``window`` (a sliding window of 64 tokens in all layers)."""
+    """The configuration of ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers) or ``hybrid`` (in every other one)."""
     if kind == "llama":
         return LlamaConfig(**_COMMON)
     if kind == "qwen3":
         return Qwen3Config(**_COMMON)
     if kind == "window":
         return MistralConfig(**_COMMON, sliding_window=64)
-    raise ValueError(f"expected llama, qwen3 or window; got {kind!r}")
+    if kind == "hybrid":
+        layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        return Gemma3TextConfig(**{**_COMMON, "num_hidden_layers": 4}, sliding_window=64, layer_types=layers)
+    raise ValueError(f"expected llama, qwen3, window or hybrid; got {kind!r}")
 
 
 def save_model(kind: str, folder: Path, seed: int = 0) -> Path:

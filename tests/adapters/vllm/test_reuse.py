@@ -22,6 +22,7 @@ LENGTHS = (2, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1, 96, 97, 250, 500)
         ("qwen3", {"enable_prefix_caching": True, "connector": {"lmkv.load": "async", "lmkv.save_decode_cache": True}}),
         ("window", {}),
         ("window", {"enable_prefix_caching": True, "max_num_batched_tokens": 96}),
+        ("hybrid", {"enable_prefix_caching": True, "max_num_batched_tokens": 96}),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
 )
