@@ -179,6 +179,8 @@ def layer_kv(name: str, group: int, tensor: Any, spec: Any, num_blocks: int, mod
     value_size = size if latent else int(getattr(spec, "head_size_v", None) or size)
     parts: tuple[Any, ...] = ()
     if latent:
+        if tensor.device.type == "cpu" and module is not None:
+            raise LayoutMismatchError(f"layer {name}: latents (MLA) on a CPU are not served: how they are packed is not known")
         if tensor.ndim == 3:
             parts = (tensor.unsqueeze(1),)
         elif tensor.ndim == 4 and shape[1] == 1:

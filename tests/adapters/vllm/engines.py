@@ -105,6 +105,18 @@ class Engine:
         asked = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
         return [_answer(output) for output in self.llm.generate(asked, sampling, use_tqdm=False)]
 
+    def computed(self, prompts: list[list[int]]) -> list[Answer]:
+        """Answers for which nothing is loaded or kept; ``test_reuse.py`` proves them to be those without a connector."""
+        found = []
+        for prompt in prompts:
+            self.settle()
+            self.forget_local()
+            found += self.ask([prompt], params={"lmkv.skip_load": True, "lmkv.skip_save": True})
+        assert not any(answer.cached for answer in found)
+        self.settle()
+        self.forget_local()
+        return found
+
     def one_by_one(self, prompts: list[list[int]], **more: Any) -> list[Answer]:
         """Greedy answers to prompts that come after one another."""
         return [self.ask([prompt], **more)[0] for prompt in prompts]

@@ -47,11 +47,11 @@ def test_loaded_is_computed(
     engine.check_clean()
 
 
-def test_new_texts_with_one_prefix_in_one_step(engine_of: Callable[..., Any], references: Callable[..., Any]) -> None:
+def test_new_texts_with_one_prefix_in_one_step(engine_of: Callable[..., Any]) -> None:
     shared = text(200, seed=11)
     prompts = [shared + text(30 + i, seed=100 + i) for i in range(4)]
-    wanted = references("llama", prompts)
     engine = engine_of()
+    wanted = engine.computed(prompts)
     assert_same(engine.ask(prompts), wanted)
     engine.settle()
     # whole chunks of the prefix are kept once, what is behind them by each
@@ -79,24 +79,32 @@ def test_a_wrong_number_at_any_position_is_seen(engine_of: Callable[..., Any]) -
     assert_same(engine.ask([prompt]), [right])
 
 
-def test_preempted_requests(engine_of: Callable[..., Any], references: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("caching", [False, True])
+def test_preempted_requests(caching: bool, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [text(120 + i, seed=31 + i) for i in range(4)]
-    wanted = references("llama", prompts)
-    for caching in (False, True):
-        engine = engine_of(num_gpu_blocks_override=14, max_model_len=256, enable_prefix_caching=caching)
-        first, second = engine.ask(prompts, tokens=40), engine.ask(prompts, tokens=40)
-        assert engine.core.scheduler.kv_cache_manager is not None
-        for found in (first, second):
-            for answer, reference in zip(found, wanted, strict=True):
-                assert answer.tokens[:6] == reference.tokens
-        assert [a.tokens for a in first] == [a.tokens for a in second]
-        engine.close()
+    engine = engine_of(num_gpu_blocks_override=14, max_model_len=256, enable_prefix_caching=caching)
+    wanted = engine.computed(prompts)
+    preempted = []
+    scheduler = engine.core.scheduler
+    real = scheduler._preempt_request
+
+    def preempt(request: Any, *more: Any, **named: Any) -> Any:
+        preempted.append(request.request_id)
+        return real(request, *more, **named)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", preempt)
+    first, second = engine.ask(prompts, tokens=40), engine.ask(prompts, tokens=40)
+    assert preempted
+    for found in (first, second):
+        for answer, reference in zip(found, wanted, strict=True):
+            assert answer.tokens[:6] == reference.tokens
+    assert [a.tokens for a in first] == [a.tokens for a in second]
 
 
-def test_what_a_request_may_ask_for(engine_of: Callable[..., Any], references: Callable[..., Any]) -> None:
+def test_what_a_request_may_ask_for(engine_of: Callable[..., Any]) -> None:
     prompt, other = text(130, seed=41), text(131, seed=42)
-    wanted = references("llama", [prompt])
     engine = engine_of()
+    wanted = engine.computed([prompt])
     ask = lambda **more: engine.ask([prompt], **more)[0]  # noqa: E731
     assert ask(params={"lmkv.skip_save": True}).cached == 0
     assert ask().cached == 0  # nothing was kept
@@ -113,3 +121,13 @@ def test_what_a_request_may_ask_for(engine_of: Callable[..., Any], references: C
     assert loaded.cached == 129
     assert_same([loaded], wanted)
     assert engine.ask([other])[0].cached == 0
+
+
+def test_a_cache_of_eight_bit_numbers(engine_of: Callable[..., Any]) -> None:
+    engine = engine_of(kv_cache_dtype="fp8")
+    prompts = [text(100, seed=71), text(333, seed=72)]
+    wanted = engine.computed(prompts)
+    assert_same(engine.one_by_one(prompts), wanted)
+    found = engine.one_by_one(prompts)
+    assert_same(found, wanted)
+    assert [answer.cached for answer in found] == [99, 332]
