@@ -23,6 +23,7 @@ COUNTERS: Mapping[str, str] = {
     "stores": "Stores that ended well.",
     "store_failures": "Stores that failed: misses later.",
     "late_prefetches": "Requests for which a slow tier was too late.",
+    "computed_instead_tokens": "Tokens that slow tiers had and that were quicker to compute.",
     "bypassed_requests": "Requests served without reuse.",
     "evicted_chunks": "Chunks that tiers gave up for room.",
     "tier_failures": "Operations on tiers that failed or were too late, and damaged records.",

@@ -59,6 +59,8 @@ class RequestState:
         lease: holds what was found until it is loaded.
         looked_at: ``(tokens, generation of the store)`` of the last lookup that found nothing, so as not to repeat it.
         prefetch, give_up: slow tiers being read, and until when they are waited for.
+        reading: tokens that are read, by tier, and since when.
+        computing: tokens that are computed before its first answer, and since when.
         prefetched: they were read once; what is missing still is a miss.
         no_load: a load failed; what is left is computed.
         stored_to: tokens whose chunks were taken care of.
@@ -77,6 +79,8 @@ class RequestState:
     looked_at: tuple[int, int] = (-1, -1)
     prefetch: Future[int] | None = None
     give_up: float = 0.0
+    reading: tuple[dict[str, int], float] = field(default_factory=lambda: ({}, 0.0))
+    computing: tuple[int, float] | None = None
     prefetched: bool = False
     no_load: bool = False
     stored_to: int = 0

@@ -15,6 +15,7 @@ from ...events import Event
 from ...handles import Lease, Reservation
 from ...layout import KVLayout
 from ...store import Store
+from .lookups import Lookups
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
 from .requests import CopyRecord, Filling, RequestState
@@ -56,15 +57,14 @@ class SchedulerHalf:
         self._mapped = 0
         self._extra = ""
         self._adapters = AdapterVersions()
+        self._lookups = Lookups(self.counts)
         self._requests: dict[str, RequestState] = {}
         self._copies: dict[int, CopyRecord] = {}
-        self._filling: set[bytes] = set()  # keys of chunks that workers are copying into slots
         self._next_copy = 0
         self._loads: list[CopyOrder] = []
         self._newly_held: set[str] = set()
         self._step = 0
         self._healed = -1
-        self._generation = 0  # of what the store holds: a lookup that found nothing need not be repeated within one
         self._bypass_reasons: set[str] = set()
         for line in settings.warnings:
             logger.warning("LMKV: %s", line)
@@ -177,55 +177,13 @@ class SchedulerHalf:
         most = request.num_tokens - 1  # the last token is computed: it yields the next one
         if most - computed < self._settings.min_load_tokens:
             return 0, False
-        if not self._still_good(state, most):
-            lease = self._find(self.store, state, most)
-            if lease is None:
-                return None, False
-            state.drop_lease()
-            if state.looked_at[0] != most:
-                self.counts.add(lookup_tokens=most)
-            state.lease, state.looked_at = lease, (most, self._generation)
+        if not self._lookups.lease(self.store, state, most):
+            return None, False
         assert state.lease is not None
         hit = min(state.lease.hit_tokens, most)
         if hit - computed < self._settings.min_load_tokens:
             return 0, False
         return hit - computed, self._settings.load == "async"
-
-    def _still_good(self, state: RequestState, most: int) -> bool:
-        """Whether what was found before is all there is: vLLM asks again each step that a request can't be scheduled in."""
-        lease = state.lease
-        if lease is None or not lease.held or state.prefetch is not None:
-            return False
-        return lease.hit_tokens >= most or state.looked_at == (most, self._generation)
-
-    def _find(self, store: Store, state: RequestState, most: int) -> Lease | None:
-        """A lease of what is known of the first ``most`` tokens; ``None`` while slow tiers are asked or read."""
-        tokens, namespace = state.tokens(most), state.namespace
-        if state.prefetch is not None:
-            if not state.prefetch.done() and time.monotonic() < state.give_up:
-                return None
-            if not state.prefetch.done():
-                self.counts.add(late_prefetches=1)
-            state.prefetch, state.prefetched = None, True
-        match = store.lookup(tokens, namespace=namespace)
-        if match.pending or (match.hit_tokens < most and match.keys[match.full] in self._filling):
-            return None  # what another request computed is on its way into the slots
-        slow = {tier for tier, _ in match.runs} | ({match.tail.tier} if match.tail else set())
-        slow.discard("ram")
-        if slow and not state.prefetched:
-            deadlines = {tier.name: tier.deadline_seconds for tier in store.config.slow_tiers("")}
-            state.give_up = time.monotonic() + max(deadlines[name] for name in slow)
-            state.prefetch = store.prefetch(match)
-            if not state.prefetch.done():
-                return None
-            state.prefetch, state.prefetched = None, True
-            match = store.lookup(tokens, namespace=namespace)
-        if any(tier != "ram" for tier, _ in match.runs) or (match.tail and match.tail.tier != "ram"):
-            leading = match.runs[0][1] * store.layout.chunk_tokens if match.runs and match.runs[0][0] == "ram" else 0
-            match = store.lookup(tokens[: max(1, min(leading, most))], namespace=namespace)
-            if not leading:
-                match.runs, match.tail, match.hit_tokens = [], None, 0
-        return store.lease(match)
 
     def allocated(self, request: Any, block_ids: tuple[list[int], ...], external: int) -> None:
         """vLLM gave the request blocks; ``external`` tokens of them are to be loaded."""
@@ -288,7 +246,7 @@ class SchedulerHalf:
                 for order, filling in store_orders(self.store, self._settings, state, steps, windows, self._order):
                     stores.append(order)
                     self._copies[order.id] = CopyRecord(order, state, filling)
-                    self._filling.update(chunk.key for chunk in filling.reservation.chunks)
+                    self._lookups.filling.update(chunk.key for chunk in filling.reservation.chunks)
                     state.copies.add(order.id)
         orders = Orders(
             step=self._step,
@@ -310,16 +268,27 @@ class SchedulerHalf:
             state = self._requests.get(new.req_id)
             if state is not None:
                 state.blocks = [list(ids) for ids in new.block_ids]
+                if not any(self._copies[number].order.load for number in state.copies):
+                    state.computing = (state.request.num_prompt_tokens - new.num_computed_tokens, time.monotonic())
         cached = output.scheduled_cached_reqs
         for name, new_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             state = self._requests.get(name)
             if state is None:
                 continue
+            self._note_speed(state)
             if name in cached.resumed_req_ids:
                 state.blocks = [list(ids) for ids in new_ids or ()]
+                state.computing = None
             elif new_ids is not None:
                 for mine, more in zip(state.blocks, new_ids, strict=True):
                     mine.extend(more)
+
+    def _note_speed(self, state: RequestState) -> None:
+        """Learn how long a prompt took once its first answer is there."""
+        if state.computing is not None and state.request.num_output_tokens:
+            tokens, begun = state.computing
+            self._lookups.worth.computed(tokens, time.monotonic() - begun)
+            state.computing = None
 
     def _scheduled(self, output: Any) -> Iterable[tuple[RequestState, tuple[int, int]]]:
         """Requests of this step, with the tokens they have computed before and will have behind it."""
@@ -397,7 +366,7 @@ class SchedulerHalf:
         filling.copies -= 1
         filling.failed |= record.failed
         if filling.copies == 0 and (filling.failed or filling.reached == filling.stop):
-            self._filling.difference_update(chunk.key for chunk in reservation.chunks)
+            self._lookups.filling.difference_update(chunk.key for chunk in reservation.chunks)
         if filling.failed:
             if state.filling is filling:
                 state.filling = None
@@ -417,7 +386,7 @@ class SchedulerHalf:
 
     def _drop_filling(self, state: RequestState) -> None:
         if state.filling is not None:
-            self._filling.difference_update(chunk.key for chunk in state.filling.reservation.chunks)
+            self._lookups.filling.difference_update(chunk.key for chunk in state.filling.reservation.chunks)
             state.drop_filling()
 
     @property
@@ -426,7 +395,7 @@ class SchedulerHalf:
 
     def _commit(self, state: RequestState, reservation: Reservation) -> int:
         try:
-            self._generation += 1
+            self._lookups.generation += 1
             stored = reservation.commit()
         except LMKVError as error:
             logger.warning("LMKV: what was copied can't be kept: %s", error)
@@ -441,6 +410,7 @@ class SchedulerHalf:
         state = self._requests.get(request.request_id)
         if state is None:
             return False
+        self._note_speed(state)
         state.drop_lease()
         self._drop_filling(state)
         state.prefetch = None
@@ -457,7 +427,7 @@ class SchedulerHalf:
         """Forget everything that is not in use."""
         if self.store is not None:
             self.store.clear()
-            self._generation += 1
+            self._lookups.generation += 1
             if self.published is not None:
                 self.published.cleared()
         return True

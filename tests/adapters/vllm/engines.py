@@ -176,13 +176,14 @@ class Engine:
         half = self.half
         assert not half._requests
         assert not half._copies
-        assert not half._filling
+        assert not half._lookups.filling
         assert not self.worker._running
         assert not self.worker._held
         if half.store is not None:
             stats = half.store.stats()
             assert (stats.leases, stats.reservations) == (0, 0)
             half.store._check()
+            half.store.flush(10)  # what waits to be written is pinned
             assert all(node.pins == 0 for node in half.store._ram.index)
 
     def close(self) -> None:
