@@ -15,6 +15,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:  # an older vLLM does not tell sources apart
+    CacheHitSource = None
+
 from .metrics import LMKVPromMetrics, LMKVStats
 from .plans import Orders, Report, ShardInfo
 from .scheduler import SchedulerHalf
@@ -30,6 +35,9 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
     vLLM makes one for its scheduler and one for each worker. Settings come from ``kv_connector_extra_config``; ``docs/vllm.md``
     lists them.
     """
+
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.HOST
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -92,6 +100,10 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
         """See vLLM's base class."""
         return self._control.finished(request), None
+
+    def has_pending_block_frees(self) -> bool:
+        """See vLLM's base class."""
+        return self._control.holds_blocks
 
     def reset_cache(self) -> bool | None:
         """See vLLM's base class."""

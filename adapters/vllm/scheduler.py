@@ -65,6 +65,7 @@ class SchedulerHalf:
         self._newly_held: set[str] = set()
         self._step = 0
         self._healed = -1
+        self._renewed = False  # leases, in the step that is being scheduled
         self._bypass_reasons: set[str] = set()
         for line in settings.warnings:
             logger.warning("LMKV: %s", line)
@@ -173,7 +174,8 @@ class SchedulerHalf:
             return 0, False
         if self._mapped < len(self._shards):
             return None, False  # an empty step, in which the workers look for the slots
-        self._renew()
+        if not self._renewed:
+            self._renew()
         most = request.num_tokens - 1  # the last token is computed: it yields the next one
         if most - computed < self._settings.min_load_tokens:
             return 0, False
@@ -258,7 +260,7 @@ class SchedulerHalf:
             forward=output.total_num_scheduled_tokens > 0,
             healed=self._healed,
         )
-        self._loads, self._newly_held = [], set()
+        self._loads, self._newly_held, self._renewed = [], set(), False
         if not orders.forward and not orders.loads:
             self._idle()
         return orders
@@ -305,7 +307,8 @@ class SchedulerHalf:
             time.sleep(_IDLE_SECONDS)
 
     def _renew(self) -> None:
-        """A lease that is still needed must not end because much time has passed."""
+        """A lease that is still needed must not end because a step took long."""
+        self._renewed = True
         for record in self._copies.values():
             if isinstance(record.hold, Lease):
                 record.hold.renew()
@@ -422,6 +425,11 @@ class SchedulerHalf:
         if storing:
             self._newly_held.add(state.id)
         return storing
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether blocks of finished requests will come free once their copies are done."""
+        return any(state.ended for state in self._requests.values())
 
     def reset(self) -> bool:
         """Forget everything that is not in use."""
