@@ -16,7 +16,7 @@ from ...chunks import Namespace
 
 __all__ = ["AdapterVersions", "Wishes", "must_compute", "namespace_of", "refusal", "text_of", "wishes_of"]
 
-#: Inputs of fewer placeholder tokens than this are named in the namespace too: so few substituted ids could be met by chance.
+#: Inputs of fewer tokens than this are named in the namespace too: so few substituted ids could be met by chance.
 _FEW_TOKENS = 4
 _PREFIXES = ("lmkv.", "lmcache.")
 _TRUE = ("true", "yes", "on", "1")

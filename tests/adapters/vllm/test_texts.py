@@ -43,7 +43,7 @@ def root(asked: Any, adapters: AdapterVersions | None = None) -> bytes:
     return namespace_of(BASE, asked, wishes_of(asked.kv_transfer_params), adapters or AdapterVersions()).root
 
 
-def test_inputs_stand_in_the_text_where_their_placeholders_are() -> None:
+def test_inputs_stand_in_the_text_where_they_belong() -> None:
     plain = text_of(request())
     cat, dog = (text_of(request(mm_features=[image(name, 5, 8)])) for name in ("cat", "dog"))
     assert np.array_equal(cat[:5], plain[:5])
