@@ -132,7 +132,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """See vLLM's base class."""
         if isinstance(kv_connector_metadata, Orders):
-            self._copies.before_blocks_are_taken(kv_connector_metadata)
+            self._copies.before_step(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See vLLM's base class."""

@@ -113,6 +113,7 @@ class Orders(KVConnectorMetadata):
         held: finished requests whose blocks stay until their copies are done, new in this step.
         preempted: requests whose blocks are about to be taken.
         forward: whether the model runs in this step.
+        early: loads may begin before vLLM has prepared the step's inputs; not where it still clears new blocks then.
         healed: the last step whose failed loads the scheduler knows of.
     """
 
@@ -123,6 +124,7 @@ class Orders(KVConnectorMetadata):
     held: frozenset[str] = frozenset()
     preempted: frozenset[str] = frozenset()
     forward: bool = True
+    early: bool = True
     healed: int = -1
 
 

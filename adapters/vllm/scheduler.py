@@ -258,6 +258,7 @@ class SchedulerHalf:
             held=frozenset(self._newly_held),
             preempted=preempted,
             forward=output.total_num_scheduled_tokens > 0,
+            early=not getattr(output, "new_block_ids_to_zero", None),
             healed=self._healed,
         )
         self._loads, self._newly_held, self._renewed = [], set(), False

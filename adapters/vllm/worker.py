@@ -72,14 +72,26 @@ class WorkerHalf:
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 
-    def before_blocks_are_taken(self, orders: Orders) -> None:
-        """Let the stores of preempted requests end before their blocks are written by others."""
+    def before_step(self, orders: Orders) -> None:
+        """Let the stores of preempted requests end before their blocks are written by others, and begin loads if that is safe.
+
+        The wire works while vLLM prepares the step's inputs; the forward pass waits in :meth:`start_loads`.
+        """
         for running in self._running:
             if running.order.request in orders.preempted:
                 running.wait()
+        if orders.early:
+            self._begin_loads(orders)
 
     def start_loads(self, orders: Orders) -> None:
-        """Begin this step's loads."""
+        """Begin this step's loads, if they were not begun before, and have the forward pass wait for those it needs."""
+        self._begin_loads(orders)
+        if not self._layerwise:
+            self._wait_for_loads()
+
+    def _begin_loads(self, orders: Orders) -> None:
+        if self._step == orders.step:
+            return
         self._step = orders.step
         if orders.pool is not None and self._copier is None:
             self._open(orders.pool)
@@ -90,8 +102,6 @@ class WorkerHalf:
                 self._failed_step = orders.step
             elif order.waits:
                 self._loading.append(running)
-        if not self._layerwise:
-            self._wait_for_loads()
 
     def _wait_for_loads(self) -> None:
         assert self._copier is not None or not self._loading
