@@ -51,7 +51,6 @@ _EXTRA: Mapping[str, Mapping[str, str]] = {
 }
 #: Storages of LMCache's that are not here, and why.
 _ABSENT = {
-    "lm": "LMKV does not speak to LMCache's own server",
     "infinistore": "LMKV has no InfiniStore client",
 }
 #: ``remote_serde`` -> codec.

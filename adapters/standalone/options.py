@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import ipaddress
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from lmkv.config import StoreConfig, parse_bytes, parse_yaml, service_token
+from lmkv.config import StoreConfig, parse_bytes, parse_yaml
 from lmkv.errors import ConfigError, LayoutMismatchError
 from lmkv.layout import KVLayout, LayerGroup
 
+from ..access import is_loopback, read_token
 from ..lmcache import load_config
 from ..lmcache.config import known_keys
 
@@ -209,33 +207,6 @@ def _shard(args: argparse.Namespace) -> str:
     return f"tp{args.worker_id}/{args.world_size}" if args.world_size > 1 else ""
 
 
-def _token(args: argparse.Namespace, environ: Mapping[str, str], warnings: list[str]) -> str | None:
-    token = service_token(environ)
-    if args.token_file is not None:
-        path = Path(args.token_file)
-        try:
-            token = path.read_text(encoding="utf-8").strip()
-            if stat.S_IMODE(path.stat().st_mode) & 0o077:
-                warnings.append(f"--token-file: others may read {path}: chmod 600 it")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--token-file: expected a readable file; got: {error}") from None
-        if not token:
-            raise ConfigError(f"--token-file: expected a token in {path}; got an empty file")
-    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ConfigError("token: expected printable ASCII without spaces; got something else: choose another")
-    return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``. Names other than ``localhost`` are not looked up and count as far."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def _check_service(args: argparse.Namespace, token: str | None) -> None:
     if args.device != "cpu":
         raise ConfigError(f"--device: expected cpu; got {args.device!r}: the standalone service keeps KV in host memory only")
@@ -274,7 +245,7 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             overrides[key] = value
     loaded = load_config(args.config, environ=environ, overrides=overrides)
     warnings.extend(loaded.warnings)
-    token = _token(args, environ, warnings)
+    token = read_token(args.token_file, environ, warnings)
     _check_service(args, token)
     try:
         layout = _layout(args, loaded.config.chunk_size, warnings)

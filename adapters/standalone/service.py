@@ -19,9 +19,10 @@ from aiohttp import web
 from lmkv.errors import ArgumentError, LMKVError
 from lmkv.events import Event
 
+from ..access import is_loopback
 from . import frames, transfers
 from .body import BodyReader
-from .options import Options, is_loopback
+from .options import Options
 from .queries import TextQuery, read_json
 from .replies import RefusedError, error_body, status_of
 

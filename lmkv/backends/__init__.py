@@ -27,6 +27,7 @@ _BUILTIN = {
     "mooncakestore": "lmkv.backends.mooncake:MooncakeBackend",
     "nixl": "lmkv.backends.nixl:NixlBackend",
     "file": "lmkv.backends.files:FilesBackend",
+    "lm": "lmkv.backends.lm:LmBackend",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import known_kv
+import lm_servers
 import mooncakes
 import pytest
 import servers
@@ -130,10 +131,10 @@ def test_nixl_storage_without_a_place_is_refused(extra: dict[str, object], messa
         translate({"extra_config": {"enable_nixl_storage": True, **extra}})
 
 
-def test_lmcaches_own_server_is_named_as_without_effect() -> None:
-    loaded = load_config(SEEDS / "lmcache-server.yaml", environ={})
-    assert loaded.config.tiers == ()
-    assert any("lm:// has no effect" in line for line in loaded.warnings)
+def test_an_lm_server_runs(tmp_path: Path) -> None:
+    with lm_servers.running() as server:
+        run(with_endpoint("lmcache-server.yaml", tmp_path, ("localhost:65432", f"127.0.0.1:{server.address[1]}")))
+        assert server.shelf.stats()["values"] == 3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lmkv.adapters.standalone.options import Options, is_loopback, parse_options
+from lmkv.adapters.access import is_loopback
+from lmkv.adapters.standalone.options import Options, parse_options
 from lmkv.errors import ConfigError, LayoutMismatchError, LMKVError
 from lmkv.layout import KVLayout, LayerGroup
 

@@ -1,0 +1,217 @@
+"""A server of LMCache's ``lm://`` protocol: what its clients store they find again, bit for bit or not at all.
+
+One thread a connection, as LMCache's connector keeps one connection and asks one question at a time. What a client may do
+wrong costs at most its own connection: an unknown command or a header that makes no sense is answered with 400 and ends it; a
+value that contradicts its own description, or does not fit, is received and dropped, so that the connection stays in step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import xxhash
+
+from lmkv.backends.lm_wire import GREETING, REQUEST_BYTES, TOKEN_KEY, Answer, Code, Command, HeaderError, Request
+from lmkv.backends.redis.wire import Wire, WireError
+
+from .shelf import Shelf, Value
+
+__all__ = ["LmServer", "ServerLimits"]
+
+#: How long a connection that says nothing may last: for ever, as LMCache's connector never connects again.
+_FOREVER = 10 * 365 * 86400.0
+_PARTING_SECONDS = 1.0
+_FAIL = Answer(Code.FAIL).pack()
+_FOUND = Answer(Code.SUCCESS).pack()
+_HEALTHY = Answer(Code.SUCCESS, shape=(GREETING, 1, 0, 0)).pack()
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What clients may ask for.
+
+    Args:
+        token: what a connection has to show first; ``b""`` for nothing. LMCache's own clients have none to show.
+        most_bytes: of one value.
+        most_connections: at once; further ones are ended.
+        patience_seconds: how long a request that has begun, or an answer, may take.
+    """
+
+    token: bytes = field(default=b"", repr=False)
+    most_bytes: int = 1024**3
+    most_connections: int = 256
+    patience_seconds: float = 30.0
+
+
+class LmServer:
+    """Serves a shelf on one address, from :meth:`start` to :meth:`close`.
+
+    Args:
+        shelf: where values are kept.
+        host, port: to listen on; port 0 picks a free one.
+        limits: what clients may ask for.
+        tell: is given a line about a client that was refused something.
+
+    Raises:
+        OSError: the address can't be listened on.
+    """
+
+    def __init__(
+        self, shelf: Shelf, host: str, port: int, limits: ServerLimits, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.shelf, self.limits, self._tell = shelf, limits, tell
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listening = socket.create_server((host, port), family=family, backlog=128)
+        self.address: tuple[str, int] = self._listening.getsockname()[:2]
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="lmkv-serve", daemon=True)
+
+    def start(self) -> None:
+        """Accept connections from now on, beside the caller."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End all connections and listen no more."""
+        with self._lock:
+            self._closed = True
+            ending = list(self._open)
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for sock in ending:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def connections(self) -> int:
+        """How many there are now."""
+        with self._lock:
+            return len(self._open)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, address = self._listening.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                self._tell(f"a connection could not be accepted: {error}")
+                time.sleep(0.1)  # out of file descriptors, most likely: others end meanwhile
+                continue
+            with self._lock:
+                refused = self._closed or len(self._open) >= self.limits.most_connections
+                if not refused:
+                    self._open.add(sock)
+            who = f"{address[0]}:{address[1]}"
+            if refused:
+                self._tell(f"{who}: refused: {self.limits.most_connections} connections are open")
+                sock.close()
+                continue
+            threading.Thread(target=self._serve, args=(sock, who), name=f"lmkv-serve-{who}", daemon=True).start()
+
+    def _serve(self, sock: socket.socket, who: str) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._talk(Wire(sock, _FOREVER), who)
+            self._part(sock)
+        except WireError as error:
+            if not self._closed:
+                self._tell(f"{who}: {error}")
+        finally:
+            with self._lock:
+                self._open.discard(sock)
+            sock.close()
+
+    @staticmethod
+    def _part(sock: socket.socket) -> None:
+        """Let the client receive what was said last: a connection that is closed over unread bytes takes that back."""
+        end = time.monotonic() + _PARTING_SECONDS
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(_PARTING_SECONDS)
+            while time.monotonic() < end and sock.recv(1 << 16):
+                pass
+
+    def _talk(self, wire: Wire, who: str) -> None:
+        """Requests until the client ends the connection between two of them.
+
+        Raises:
+            WireError: it ended within one, or was too slow.
+        """
+        trusted = not self.limits.token
+        head = memoryview(bytearray(REQUEST_BYTES))
+        while True:
+            wire.allow(time.monotonic() + _FOREVER)
+            try:
+                wire.take(head[:1])
+            except WireError:
+                return
+            wire.allow(time.monotonic() + self.limits.patience_seconds)
+            wire.take(head[1:])
+            try:
+                request = Request.unpack(head)
+            except HeaderError as error:
+                self._tell(f"{who}: {error}; its connection is ended")
+                wire.send(_FAIL)
+                return
+            if request.command == Command.HEALTH and request.key.startswith(TOKEN_KEY):
+                shown = request.key.removeprefix(TOKEN_KEY)
+                trusted = trusted or hmac.compare_digest(shown, self.limits.token)
+                wire.send(_HEALTHY if trusted else _FAIL)
+            elif not trusted:
+                self._tell(f"{who}: showed no valid token; its connection is ended")
+                wire.send(_FAIL)
+                return
+            else:
+                self._answer(wire, request, who)
+
+    def _answer(self, wire: Wire, request: Request, who: str) -> None:
+        if request.command == Command.PUT:
+            self._put(wire, request, who)
+        elif request.command == Command.GET:
+            value = self.shelf.get(request.key)
+            if value is None:
+                wire.send(_FAIL)
+            else:
+                head = Answer(Code.SUCCESS, len(value.data), value.fmt, value.dtype, value.shape)
+                wire.send(head.pack(), value.data)
+        elif request.command == Command.EXIST:
+            wire.send(_FOUND if self.shelf.contains(request.key) else _FAIL)
+        elif request.command == Command.HEALTH:
+            wire.send(_HEALTHY)
+        else:  # LIST, which LMCache's own server leaves without an answer
+            wire.send(_FAIL)
+
+    def _put(self, wire: Wire, request: Request, who: str) -> None:
+        """Take a value, or let it pass. What stood under the key before is gone in both cases: it is out of date."""
+        wrong = request.mismatch()
+        if not wrong and request.length > self.limits.most_bytes:
+            wrong = f"expected at most {self.limits.most_bytes} bytes; got {request.length}"
+        if wrong or not request.length:
+            if wrong:
+                self._tell(f"{who}: a value is not kept: {wrong}")
+                self.shelf.count("refused")
+            self.shelf.remove(request.key)
+            wire.skip(request.length)
+            return
+        room = self.shelf.reserve(request.length)
+        if room is None:
+            self._tell(f"{who}: a value is not kept: {request.length} bytes do not fit into {self.shelf.capacity}")
+            self.shelf.remove(request.key)
+            wire.skip(request.length)
+            return
+        try:
+            wire.take(room)
+            value = Value(room, request.fmt, request.dtype, request.shape, xxhash.xxh3_64_intdigest(room))
+        except BaseException:
+            self.shelf.release(room)
+            raise
+        self.shelf.put(request.key, value)
