@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: ``python tests/run.py [STAGE ...]``.
 
-Stages: lint, types, generated, sanitizers, unit, vllm (the default is all). Exits with 1 if one fails, or if a test was skipped
-that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
+Stages: lint, types, generated, sanitizers, lmcache, unit, vllm (the default is all). Exits with 1 if one fails, or if a test was
+skipped that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
 """
 
 from __future__ import annotations
@@ -66,6 +66,15 @@ def sanitizers() -> bool:
     return found
 
 
+def lmcache() -> bool:
+    """LMCache's own client and server, in an environment of their own, against LMKV's."""
+    sys.path.insert(0, str(HERE / "support"))
+    import lmcache_venv
+
+    with tempfile.TemporaryDirectory() as folder:
+        return run(lmcache_venv.make(folder), "tests/peers/lmcache_wire.py")
+
+
 def unit() -> bool:
     """pytest on all of tests/, and no skip but the listed ones."""
     with tempfile.TemporaryDirectory() as folder:
@@ -116,6 +125,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "types": types,
     "generated": generated,
     "sanitizers": sanitizers,
+    "lmcache": lmcache,
     "unit": unit,
     "vllm": vllm,
 }

@@ -1,0 +1,164 @@
+"""LMCache's own client with LMKV's server, and LMKV's backend with LMCache's own: the same bits come back.
+
+Runs where PyPI's ``lmcache`` is installed (``tests/run.py lmcache`` makes such an environment); exits with 1 if they differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+os.environ.update(LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR", OMP_NUM_THREADS="1")
+
+import known_kv
+import servers
+import torch
+from lmcache.utils import CacheEngineKey
+from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.memory_management import MemoryFormat
+from lmcache.v1.metadata import LMCacheMetadata
+from lmcache.v1.storage_backend.connector import CreateConnector
+from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
+
+import lmkv
+from lmkv.backends import BackendSettings, open_backend
+from lmkv.chunks import ChunkKey
+
+LMKV_SERVER = ("-c", "import sys; from lmkv.cli import main; sys.exit(main())", "serve")
+LMCACHE_SERVER = ("-m", "lmcache.v1.server")
+LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=64)
+TYPES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.uint8: 1}
+
+
+@contextlib.contextmanager
+def server(*command: str) -> Iterator[int]:
+    """A server process on loopback; its port."""
+    (port,) = servers.free_ports(1)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, *command, "127.0.0.1", str(port)], stdout=log, stderr=log)
+        try:
+            servers.until(lambda: servers.listens(port), 60)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+class Client:
+    """LMCache's connector, as its engine drives it."""
+
+    def __init__(self, port: int, layers: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+        url = f"lm://127.0.0.1:{port}"
+        config = LMCacheEngineConfig.from_defaults(chunk_size=tokens, max_local_cpu_size=0.1, remote_url=url)
+        metadata = LMCacheMetadata("a/model", 1, 1, 0, 0, dtype, (layers, 2, tokens, 2, hidden // 2))
+        self.shape, self.dtype = torch.Size([2, layers, tokens, hidden]), dtype
+        self.memory = LocalCPUBackend(config, metadata, "cpu")
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.connector = CreateConnector(url, self.loop, self.memory, config, metadata)
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def key(self, number: int) -> CacheEngineKey:
+        return CacheEngineKey("a/model", 1, 0, number, self.dtype)
+
+    def put(self, number: int, tokens: int) -> torch.Tensor:
+        shape = torch.Size([*self.shape[:2], tokens, self.shape[3]])
+        held = self.memory.allocate(shape, self.dtype, MemoryFormat.KV_2LTD)
+        held.tensor.view(torch.uint8).random_(0, 256)
+        copy = held.tensor.clone()
+        self.run(self.connector.put(self.key(number), held))
+        return copy
+
+    def get(self, number: int) -> torch.Tensor | None:
+        found = self.run(self.connector.get(self.key(number)))
+        return None if found is None else found.tensor.clone()
+
+
+def bits(tensor: torch.Tensor | None) -> bytes | None:
+    return None if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def its_client_with_our_server() -> None:
+    """Every element type and short chunks; another client finds them; absent keys are absent."""
+    with server(*LMKV_SERVER) as port:
+        for base, dtype in enumerate(TYPES):
+            first, second = (Client(port, 4, 256, 128, dtype) for _ in range(2))
+            hashes = [1000 * base + 1, -123456789 - base, 2**63 - 1 - base]
+            assert not first.run(first.connector.exists(first.key(hashes[0])))
+            assert first.get(hashes[0]) is None
+            stored = {number: bits(first.put(number, tokens)) for number, tokens in zip(hashes, (256, 256, 31), strict=True)}
+            for client in (first, second):
+                for number in hashes:
+                    assert client.run(client.connector.exists(client.key(number)))
+                    assert bits(client.get(number)) == stored[number], f"{dtype}: other bytes came back"
+            replaced = bits(first.put(hashes[0], 256))
+            assert bits(first.get(hashes[0])) == replaced
+
+
+def our_backend_with_its_server() -> None:
+    """Values of all sizes, replaced and deleted; a whole store; a server that was away."""
+    with server(*LMCACHE_SERVER) as port:
+        url = f"lm://127.0.0.1:{port}"
+        backend = open_backend("lm", BackendSettings("remote", LAYOUT, url=url, deadline_seconds=30))
+        values = [os.urandom(size) for size in (1, 4096, 1_000_003, 8 << 20)]
+        keys = [ChunkKey(os.urandom(16)) for _ in values]
+        room = [memoryview(bytearray(8 << 20)) for _ in values]
+        assert backend.contains_many(keys) == [False] * 4
+        assert backend.read_many(keys, room) == [None] * 4
+        backend.write_many(keys, [memoryview(value) for value in values])
+        assert backend.contains_many(keys) == [True] * 4
+        sizes = backend.read_many(keys, room)
+        assert [bytes(view[: size or 0]) for view, size in zip(room, sizes, strict=True)] == values
+        backend.delete_many(keys[1:2])
+        assert backend.contains_many(keys) == [True, False, True, True]
+        assert backend.read_many(keys[:2], room[:2]) == [1, None]
+        backend.close()
+        tiers = [{"url": url, "deadline_seconds": 30}]
+        config = lmkv.StoreConfig.from_dict({"model": "m", "disk_capacity": 0, "ram_capacity": "8MiB", "tiers": tiers})
+        text = list(range(600))
+        with lmkv.Store(config, LAYOUT) as store:
+            assert store.store(text, known_kv.source(LAYOUT, text)) == 600
+        with lmkv.Store(config, LAYOUT) as store:
+            match = store.lookup(text).wait(30)
+            assert match.tokens_by_tier() == {"lm": 600}, match.tokens_by_tier()
+            assert known_kv.fetch(store, text, match) == 600
+
+
+def both_clients_on_one_server() -> None:
+    """What one project keeps there the other one neither finds nor disturbs."""
+    with server(*LMKV_SERVER) as port:
+        client = Client(port, 4, 256, 128, torch.float16)
+        stored = bits(client.put(7, 256))
+        backend = open_backend("lm", BackendSettings("remote", LAYOUT, url=f"lm://127.0.0.1:{port}", deadline_seconds=30))
+        key = ChunkKey((7).to_bytes(16, "big"))
+        assert backend.contains_many([key]) == [False]
+        backend.write_many([key], [memoryview(b"ours")])
+        assert bits(client.get(7)) == stored
+        backend.close()
+
+
+def main() -> int:
+    """Run all; a failed assertion ends it."""
+    print(f"lmcache {importlib.metadata.version('lmcache')}")
+    for check in (its_client_with_our_server, our_backend_with_its_server, both_clients_on_one_server):
+        begin = time.monotonic()
+        check()
+        print(f"{check.__name__}: {time.monotonic() - begin:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
