@@ -22,67 +22,19 @@ from dataclasses import dataclass, field
 from lmkv.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, parse_yaml, read_yaml
 from lmkv.errors import ConfigError
 
+from .names import ALIASES, INERT, OTHER_PREFIXES, OTHER_VARIABLES, PREFIX
+from .peers import KEYS as PEER_KEYS
+from .peers import Peers, read_peers
 from .remote import Remote, remote_tiers
 
 __all__ = ["Loaded", "Translated", "load_config", "translate"]
 
-LMCACHE_PREFIX = "LMCACHE_"
-LMCACHE_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+LMCACHE_FILE_VARIABLE = f"{PREFIX}CONFIG_FILE"
 
 _GIB = 1024**3
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _NOTHING = ("", "none", "null")
-
-#: Why a key has no effect, and the keys: LMCache 0.3.9.post2, 0.3.15 and 0.5.6 together.
-_INERT_GROUPS = {
-    "LMKV does not serve this remote storage of LMCache's; slow tiers are listed under 'tiers'": """
-        audit_actual_remote_url remote_storage_plugins external_lookup_client remote_config_url
-        mp_host mp_port maru_path maru_pool_size weka_path""",
-    "LMKV does not serve peer-to-peer or disaggregated prefill": """
-        enable_p2p p2p_host p2p_init_ports p2p_lookup_ports enable_pd pd_role pd_buffer_size pd_buffer_device pd_peer_host
-        pd_peer_init_port pd_peer_alloc_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_allocation_timeout_sec
-        pd_shutdown_timeout_sec pd_condition_poll_interval_sec pd_max_prefill_len pd_backend_mode pd_skip_proxy_notification
-        pd_bidirectional transfer_channel enable_xpyd""",
-    "LMKV does not serve NIXL between engines, or GPUDirect Storage": """
-        nixl_backends nixl_role nixl_peer_host nixl_peer_init_port nixl_peer_alloc_port
-        nixl_proxy_host nixl_proxy_port enable_nixl gds_path gds_path_sharding gds_buffer_size use_gds gds_backend
-        cufile_buffer_size""",
-    "LMKV has no controller": """
-        enable_controller lmcache_instance_id controller_url controller_pull_url controller_reply_url lmcache_worker_port
-        lmcache_worker_ports lmcache_worker_ids lmcache_worker_heartbeat_delay_time lmcache_worker_heartbeat_time app_id""",
-    "LMKV does not blend texts": """
-        enable_blending blend_recompute_ratios blend_thresholds blend_check_layers blend_min_tokens blend_special_str""",
-    "LMKV has no plugins of LMCache's kind; backends, policies and codecs register by entry point": """
-        runtime_plugin_locations storage_plugins plugin_locations external_backends script_allowed_imports
-        run_script_api_enabled""",
-    "LMKV has no internal API server; the standalone service has its own statistics": """
-        internal_api_server_enabled internal_api_server_host internal_api_server_port_start
-        internal_api_server_include_index_list internal_api_server_socket_path_prefix enable_chunk_statistics
-        chunk_statistics_auto_start_statistics chunk_statistics_auto_exit_timeout_hours
-        chunk_statistics_auto_exit_target_unique_chunks chunk_statistics_strategy enable_kv_events""",
-    "LMKV's pool grows lazily and by itself": """
-        local_cpu_use_hugepages reserve_local_cpu_size enable_lazy_memory_allocator lazy_memory_initial_ratio
-        lazy_memory_expand_trigger_ratio lazy_memory_step_ratio lazy_memory_safe_size numa_mode""",
-    "nothing in LMKV corresponds to it": """
-        local_disk_path_sharding use_layerwise save_decode_cache retrieve_locations store_location py_enable_gc
-        enable_async_loading priority_limit lookup_timeout_ms min_retrieve_tokens hit_miss_ratio lookup_server_worker_ids
-        enable_scheduler_bypass_lookup use_gpu_connector_v3 pin_check_interval_sec enable_hidden_state_cache
-        max_hidden_state_cpu_size hidden_state_layers hidden_states_retrieve_mode""",
-}
-_INERT = {key: why for why, keys in _INERT_GROUPS.items() for key in keys.split()}
-
-#: ``LMCACHE_*`` variables outside the configuration table. They steer LMCache's own processes: passed over in silence.
-_OTHER_NAMES = """
-        CONFIG_FILE USE_EXPERIMENTAL CONTROLLER_CONFIG_FILE COORDINATOR_ADVERTISE_IP
-        COORDINATOR_EVENT_FLUSH_INTERVAL COORDINATOR_EVENT_REPORTING COORDINATOR_HEARTBEAT_INTERVAL COORDINATOR_URL
-        DEVICE_BACKEND DISABLE_BANNER FORCE_SKIP_SAVE GPU_STAGING_BUFFER_BYTES LOG_LEVEL MP_TRANSFER_MODE MQ_TIMEOUT
-        MUSA_HANDLE_TRANSFER MUSA_NATIVE_KV_TRANSFER OFFLOAD_RPC_PORT PLUGIN_CONFIG PLUGIN_ROLE PLUGIN_WORKER_COUNT
-        PLUGIN_WORKER_ID REQUEST_TELEMETRY_ENDPOINT REQUEST_TELEMETRY_TYPE RESP_HOST RESP_PASSWORD RESP_PORT RESP_USERNAME
-        RUNTIME_PLUGIN_CONFIG RUNTIME_PLUGIN_ROLE RUNTIME_PLUGIN_WORKER_COUNT RUNTIME_PLUGIN_WORKER_ID SERVER_URL TRACK_USAGE
-        USAGE_TRACK_INTERVAL USAGE_TRACK_URL"""
-_OTHER_VARIABLES = frozenset(LMCACHE_PREFIX + name for name in _OTHER_NAMES.split())
-_OTHER_PREFIXES = tuple(LMCACHE_PREFIX + name for name in ("AEROSPIKE_", "CONTROLLER_", "EC_"))
 
 
 @dataclass
@@ -95,6 +47,7 @@ class Translated:
         names: native key -> the name under which it was written.
         from_lmcache: whether a key was there that only LMCache has.
         remote: what was said of remote storage; becomes a tier once all of it is known.
+        peers: what was said of other engines, for :func:`lmkv.adapters.lmcache.peers.read_peers`.
     """
 
     settings: dict[str, object] = field(default_factory=dict)
@@ -102,6 +55,7 @@ class Translated:
     names: dict[str, str] = field(default_factory=dict)
     from_lmcache: bool = False
     remote: Remote = field(default_factory=Remote)
+    peers: dict[str, object] = field(default_factory=dict)
 
     def set(self, name: str, key: str, value: object, where: str) -> None:
         """Give the native ``key`` the ``value`` that was written under ``name``."""
@@ -120,6 +74,7 @@ class Translated:
         self.names.update(later.names)
         self.from_lmcache |= later.from_lmcache
         self.remote.update(later.remote)
+        self.peers.update(later.peers)
 
     def warn(self, line: str) -> None:
         """Note a line for the person who wrote the settings, once."""
@@ -145,11 +100,13 @@ class Loaded:
 
     Args:
         given: the settings that one of these named; the others have their defaults.
+        peers: roles, hosts and ports of LMCache's exchanges between engines, which LMKV's tiers take the place of.
     """
 
     config: StoreConfig
     warnings: tuple[str, ...]
     given: frozenset[str] = frozenset()
+    peers: Peers = field(kw_only=True)
 
 
 def _nothing(value: object) -> bool:
@@ -282,7 +239,7 @@ _NATIVE = frozenset(f.name for f in dataclasses.fields(StoreConfig))
 
 def known_keys() -> frozenset[str]:
     """Every key that :func:`translate` takes, native ones included."""
-    return _NATIVE | _TRANSLATED.keys() | _INERT.keys()
+    return _NATIVE | _TRANSLATED.keys() | INERT.keys() | ALIASES.keys()
 
 
 def _unknown(key: object, where: str, known: frozenset[str] | set[str]) -> ConfigError:
@@ -293,17 +250,21 @@ def _unknown(key: object, where: str, known: frozenset[str] | set[str]) -> Confi
 
 def _translate_layer(mapping: Mapping[str, object], where: str) -> Translated:
     out = Translated()
-    for key, value in mapping.items():
+    for written, value in mapping.items():
+        key = ALIASES.get(written, written)
         if key in _NATIVE:
             out.set(key, key, value, where)
         elif key in _TRANSLATED:
             out.from_lmcache = True
             if not _nothing(value):
                 _TRANSLATED[key](out, key, value, where)
-        elif key in _INERT:
+        elif key in INERT:
             out.from_lmcache = True
+            if key in PEER_KEYS:
+                out.peers[key] = value
             if not _is_off(value):
-                out.warnings.append(f"{where}: {key} has no effect: {_INERT[key]}")
+                spelled = f" ({key} by now)" if key != written else ""
+                out.warnings.append(f"{where}: {written}{spelled} has no effect: {INERT[key]}")
         else:
             raise _unknown(key, where, known_keys())
     return out
@@ -341,12 +302,12 @@ def translate(mapping: Mapping[str, object], *, where: str = "config") -> Transl
 
 def _environment_layer(environ: Mapping[str, str]) -> Translated:
     out = Translated()
-    known = {LMCACHE_PREFIX + key.upper(): key for key in ("chunk_size", *_TRANSLATED, *_INERT)}
+    known = {PREFIX + key.upper(): key for key in ("chunk_size", *_TRANSLATED, *INERT, *ALIASES)}
     for variable, text in environ.items():
-        passed_over = variable in _OTHER_VARIABLES or variable.startswith(_OTHER_PREFIXES)
+        passed_over = variable in OTHER_VARIABLES or variable.startswith(OTHER_PREFIXES)
         if variable in known:
             out.update(_translate_layer({known[variable]: text}, variable))
-        elif variable.startswith(LMCACHE_PREFIX) and not passed_over:
+        elif variable.startswith(PREFIX) and not passed_over:
             near = difflib.get_close_matches(variable, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
             raise ConfigError(f"environment: unknown variable {variable}; {hint}")
@@ -384,5 +345,6 @@ def load_config(
     _without_unasked_disk(merged, "config", shadowed)
     merged.add_remote_tier("tiers" in shadowed)
     rest = {name: value for name, value in environ.items() if name != CONFIG_FILE_VARIABLE}
+    config = StoreConfig.load(environ=rest, overrides=merged.settings)
     given = shadowed | merged.settings.keys()
-    return Loaded(StoreConfig.load(environ=rest, overrides=merged.settings), tuple(merged.warnings), given)
+    return Loaded(config, tuple(merged.warnings), given, peers=read_peers(merged.peers, "config"))

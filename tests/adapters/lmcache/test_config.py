@@ -61,7 +61,8 @@ def test_keys_that_mean_something(written: dict[str, object], native: dict[str, 
 def test_keys_without_effect_are_named(key: str) -> None:
     out = translate({key: "8200"}, where="lmc.yaml")
     assert len(out.warnings) == 1
-    assert out.warnings[0].startswith(f"lmc.yaml: {key} has no effect: ")
+    assert out.warnings[0].startswith(f"lmc.yaml: {key} ")
+    assert " has no effect: " in out.warnings[0]
     assert out.settings == {"disk_capacity": 0}
 
 
@@ -192,3 +193,52 @@ def test_unknown_variables_are_refused(variable: str, near: str) -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a readable YAML file"):
         load_config(tmp_path / "none.yaml", environ={})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("enable_xpyd", "enable_pd"),
+        ("nixl_role", "pd_role"),
+        ("nixl_peer_host", "pd_peer_host"),
+        ("nixl_peer_init_port", "pd_peer_init_port"),
+        ("nixl_peer_alloc_port", "pd_peer_alloc_port"),
+        ("nixl_proxy_host", "pd_proxy_host"),
+        ("nixl_proxy_port", "pd_proxy_port"),
+        ("controller_url", "controller_pull_url"),
+        ("lmcache_worker_port", "lmcache_worker_ports"),
+        ("plugin_locations", "runtime_plugin_locations"),
+        ("external_backends", "storage_plugins"),
+    ],
+)
+def test_old_spellings_are_understood(old: str, new: str) -> None:
+    (line,) = translate({old: "8200"}).warnings
+    assert f"{old} ({new} by now) has no effect: " in line
+    value = {"nixl_role": "both", "enable_xpyd": "true"}.get(old, "1")
+    extra = {"LMCACHE_PD_ROLE": "both"} if old == "enable_xpyd" else {}
+    warnings = load_config(environ={f"LMCACHE_{old.upper()}": value, **extra}).warnings
+    assert any(f"{old} ({new} by now)" in line for line in warnings)
+
+
+def test_old_spellings_mean_what_the_new_ones_do() -> None:
+    old = {"enable_xpyd": True, "nixl_role": "receiver", "nixl_peer_init_port": [7300, 7301], "nixl_peer_host": "h"}
+    old |= {"enable_controller": True, "controller_url": "localhost:8300", "lmcache_worker_port": "8500,8501"}
+    peers = load_config(environ={}, overrides=old).peers
+    assert (peers.role, peers.hosts, peers.controller) == ("receiver", {"peer": "h"}, ("localhost:8300",))
+    assert peers.ports == {"pd_peer_init": (7300, 7301), "lmcache_worker": (8500, 8501)}
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"pd_role": "chief"}, "pd_role: expected one of sender, receiver, both; got 'chief'"),
+        ({"enable_pd": True}, "pd_role: expected one of sender, receiver, both with enable_pd; got none"),
+        ({"p2p_init_ports": "82x"}, "p2p_init_ports: expected a port or a list of ports; got '82x'"),
+        ({"p2p_init_ports": [0]}, "expected a port"),
+        ({"lmcache_worker_ports": []}, "expected a port"),
+        ({"pd_buffer_size": "1GB"}, "pd_buffer_size: expected a number of bytes"),
+    ],
+)
+def test_roles_and_ports_that_are_none_are_refused(written: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(environ={}, overrides=written)
