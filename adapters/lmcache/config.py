@@ -27,7 +27,7 @@ from .peers import KEYS as PEER_KEYS
 from .peers import Peers, read_peers
 from .remote import Remote, remote_tiers
 
-__all__ = ["Loaded", "Translated", "load_config", "translate"]
+__all__ = ["Loaded", "Translated", "load_config", "translate", "translate_environment"]
 
 LMCACHE_FILE_VARIABLE = f"{PREFIX}CONFIG_FILE"
 
@@ -296,6 +296,15 @@ def translate(mapping: Mapping[str, object], *, where: str = "config") -> Transl
             of one setting with different values.
     """
     out = _without_unasked_disk(_translate_layer(mapping, where), where)
+    out.add_remote_tier()
+    return out
+
+
+def translate_environment(mapping: Mapping[str, object], environ: Mapping[str, str], *, where: str = "config") -> Translated:
+    """As :func:`translate`, with the ``LMCACHE_*`` variables of ``environ`` laid over the mapping."""
+    out = _translate_layer(mapping, where)
+    out.update(_environment_layer(environ))
+    _without_unasked_disk(out, where)
     out.add_remote_tier()
     return out
 

@@ -44,46 +44,28 @@ MEANINGS: dict[str, tuple[int | None, float, tuple[str, str, str] | None]] = {
     "nixl-posix": (256, 0, ("nixl", "", "raw")),
     "nixl-obj": (256, 0, ("s3", "s3://<your_bucket>", "raw")),
 }
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 #: Words that the warnings of a configuration have, one for each warning; the others need none.
 WARNINGS = {
     "sglang": ["use_layerwise"],
     "shared-server": ["cachegen is not here: lossless"],
     "compose-server": ["cachegen is not here: lossless"],
-    "p2p-1": [
-        "p2p_host",
-        "p2p_init_ports",
-        "p2p_lookup_ports",
-        "enable_p2p",
-        "transfer_channel",
-        "enable_controller",
-        "lmcache_instance_id",
-        "controller_pull_url",
-        "controller_reply_url",
-        "lmcache_worker_ports",
-        "lookup_backoff_time",
-        "enable_async_loading",
-    ],
-    "pd-prefiller": [
-        "local_cpu",
-        "enable_pd",
-        "transfer_channel",
-        "pd_role",
-        "pd_proxy_host",
-        "pd_proxy_port",
-        "pd_buffer_size",
-        "pd_buffer_device",
-    ],
-    "pd-decoder": [
-        "local_cpu",
-        "enable_pd",
-        "transfer_channel",
-        "pd_role",
-        "pd_peer_host",
-        "pd_peer_init_port",
-        "pd_peer_alloc_port",
-        "pd_buffer_size",
-        "pd_buffer_device",
-    ],
+    "p2p-1": words(
+        """p2p_host p2p_init_ports p2p_lookup_ports enable_p2p transfer_channel enable_controller lmcache_instance_id
+        controller_pull_url controller_reply_url lmcache_worker_ports lookup_backoff_time enable_async_loading"""
+    ),
+    "pd-prefiller": words(
+        "local_cpu enable_pd transfer_channel pd_role pd_proxy_host pd_proxy_port pd_buffer_size pd_buffer_device"
+    ),
+    "pd-decoder": words(
+        """local_cpu enable_pd transfer_channel pd_role pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_buffer_size
+        pd_buffer_device"""
+    ),
     "mooncake": ["local_cpu: false"],
     "mooncake-decoder": ["local_cpu: false"],
     "mooncake-prefiller": ["local_cpu: false"],
