@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import xxhash
-
-from lmkv.backends.lm_wire import GREETING, REQUEST_BYTES, TOKEN_KEY, Answer, Code, Command, HeaderError, Request
+from lmkv.backends.lm_wire import GREETING, REQUEST_BYTES, TOKEN_KEY, Answer, Code, Command, HeaderError, Request, prepare
 from lmkv.backends.redis.wire import Wire, WireError
 
 from .shelf import Shelf, Value
@@ -119,7 +117,7 @@ class LmServer:
     def _serve(self, sock: socket.socket, who: str) -> None:
         try:
             with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                prepare(sock, listened=True)
             self._talk(Wire(sock, _FOREVER), who)
             self._part(sock)
         except WireError as error:
@@ -210,7 +208,7 @@ class LmServer:
             return
         try:
             wire.take(room)
-            value = Value(room, request.fmt, request.dtype, request.shape, xxhash.xxh3_64_intdigest(room))
+            value = Value(room, request.fmt, request.dtype, request.shape)
         except BaseException:
             self.shelf.release(room)
             raise

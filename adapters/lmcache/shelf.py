@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from lmkv.chunks import ChunkKey
 from lmkv.eviction import make_policy
@@ -27,18 +26,12 @@ class Value:
     Args:
         data: its bytes.
         fmt, dtype, shape: as :class:`lmkv.backends.lm_wire.Request` has them.
-        checksum: xxh3-64 of the bytes, taken when they came.
     """
 
     data: memoryview
     fmt: int
     dtype: int
     shape: tuple[int, int, int, int]
-    checksum: int
-
-    def intact(self) -> bool:
-        """Whether the bytes are those that came."""
-        return xxhash.xxh3_64_intdigest(self.data) == self.checksum
 
 
 class Shelf:
@@ -58,7 +51,7 @@ class Shelf:
         self._values: dict[ChunkKey, Value] = {}
         self._used = self._promised = 0
         self._lock = threading.Lock()
-        self.counts = dict.fromkeys(("puts", "refused", "hits", "misses", "evicted", "damaged"), 0)
+        self.counts = dict.fromkeys(("puts", "refused", "hits", "misses", "evicted"), 0)
 
     def _cost(self, size: int) -> int:
         return size + _ENTRY_BYTES
@@ -115,20 +108,14 @@ class Shelf:
             return ChunkKey(key) in self._values
 
     def get(self, key: bytes) -> Value | None:
-        """A value, which stays valid however long it is used; a damaged one is dropped and absent."""
+        """A value, which stays valid however long it is used."""
         name = ChunkKey(key)
         with self._lock:
             value = self._values.get(name)
+            self.counts["misses" if value is None else "hits"] += 1
             if value is not None:
                 self._policy.touch(name)
-        intact = value is not None and value.intact()
-        with self._lock:
-            self.counts["hits" if intact else "misses"] += 1
-            if value is not None and not intact:
-                self.counts["damaged"] += 1
-                if self._values.get(name) is value:
-                    self._drop(name)
-        return value if intact else None
+            return value
 
     def remove(self, key: bytes) -> None:
         """Drop a value, if it is there."""

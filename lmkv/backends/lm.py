@@ -34,15 +34,17 @@ from .lm_wire import (
     Command,
     HeaderError,
     Request,
+    prepare,
 )
 from .redis.wire import Wire, WireError
 
 __all__ = ["LmBackend"]
 
 _KNOWN = ("prefix", "token", "token_env", "token_file")
-#: Questions that are sent before their answers are received: few enough that neither side's buffers fill.
+#: Questions that are sent before their answers are received: few enough that neither side's buffers fill. LMCache's server
+#: leaves it to the kernel to put its answers together, which then waits 40 ms for an acknowledgement: it is asked one by one.
 _QUESTIONS = 64
-#: Values that are asked for before they are received.
+#: Values that are asked for before they are received, of ``lmkv serve``.
 _WINDOW = 2
 #: Keys that were deleted where the server still has a value of no bytes.
 _MOST_GONE = 1 << 16
@@ -128,7 +130,7 @@ class LmBackend:
         except OSError as error:
             raise WireError(f"no connection: {error}") from None
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            prepare(sock)
             sock.settimeout(0)  # which is how a wire leaves it, so that a look at a connection at rest does not wait
             wire = Wire(sock, until)
             key = TOKEN_KEY + self._token if self._token else form % (self._prefix, b"0")
@@ -224,11 +226,12 @@ class LmBackend:
         wire.take(memoryview(head))
         return Answer.unpack(head)
 
-    def _ask(self, wire: Wire, form: bytes, keys: Sequence[ChunkKey]) -> list[bool]:
+    def _ask(self, wire: Wire, connection: _Connection, keys: Sequence[ChunkKey]) -> list[bool]:
         there: list[bool] = []
-        for begin in range(0, len(keys), _QUESTIONS):
-            some = keys[begin : begin + _QUESTIONS]
-            wire.send(b"".join(Request(Command.EXIST, self._name(form, key)).pack() for key in some))
+        at_once = _QUESTIONS if connection.ours else 1
+        for begin in range(0, len(keys), at_once):
+            some = keys[begin : begin + at_once]
+            wire.send(b"".join(Request(Command.EXIST, self._name(connection.form, key)).pack() for key in some))
             there += [self._answer(wire).code == Code.SUCCESS for _ in some]
         return there
 
@@ -259,7 +262,7 @@ class LmBackend:
         there: list[bool] = []
 
         def step(wire: Wire, connection: _Connection) -> None:
-            there[:] = self._ask(wire, connection.form, keys)
+            there[:] = self._ask(wire, connection, keys)
 
         if keys:
             self._call(step)
@@ -278,8 +281,9 @@ class LmBackend:
         def step(wire: Wire, connection: _Connection) -> None:
             nonlocal done
             sent = done
+            window = _WINDOW if connection.ours else 1
             while done < len(keys):
-                while sent < min(done + _WINDOW, len(keys)):
+                while sent < min(done + window, len(keys)):
                     wire.send(Request(Command.GET, self._name(connection.form, keys[sent])).pack())
                     sent += 1
                 sizes[done] = self._receive(wire, out[done])
@@ -320,7 +324,7 @@ class LmBackend:
         def step(wire: Wire, connection: _Connection) -> None:
             for key, piece in zip(keys, data, strict=True):
                 self._put(wire, connection.form, key, piece)
-            there[:] = self._ask(wire, connection.form, keys)
+            there[:] = self._ask(wire, connection, keys)
 
         if not keys:
             return
@@ -334,11 +338,11 @@ class LmBackend:
         """See :class:`lmkv.backends.base.Backend`. An ``lmcache_server`` keeps the key, with a value of no bytes."""
 
         def step(wire: Wire, connection: _Connection) -> None:
-            there = self._ask(wire, connection.form, keys)
+            there = self._ask(wire, connection, keys)
             present = [key for key, found in zip(keys, there, strict=True) if found]
             for key in present:
                 self._put(wire, connection.form, key, b"")
-            kept = self._ask(wire, connection.form, present[-1:])
+            kept = self._ask(wire, connection, present[-1:])
             if not connection.ours and any(kept):
                 self._remember_gone(present)
 

@@ -11,6 +11,7 @@ token logs a connection in, and the answer to HEALTH carries :data:`GREETING` as
 from __future__ import annotations
 
 import math
+import socket
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -29,6 +30,7 @@ __all__ = [
     "Command",
     "HeaderError",
     "Request",
+    "prepare",
 ]
 
 DEFAULT_PORT = 65432
@@ -50,6 +52,27 @@ _MOST_FORMAT = 31
 TOKEN_KEY = b"lmkv-token:"
 #: "LMKV" in ASCII.
 GREETING = int.from_bytes(b"LMKV", "little")
+
+
+#: Between processes of one machine so much under way stays in a core's caches; values of megabytes moved faster with it.
+_LOCAL_BUFFER = 256 * 1024
+
+
+def prepare(sock: socket.socket, *, listened: bool = False) -> None:
+    """Set a connection up for short questions and large values.
+
+    Args:
+        listened: whether this is the server's end. It receives as much as the kernel likes: LMCache's client sends from a loop
+            of events, which turns more often the less is taken at a time.
+
+    Raises:
+        OSError: it has ended.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if str(sock.getpeername()[0]).startswith(("127.", "::1")):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER)
+        if not listened:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER)
 
 
 class HeaderError(ValueError):

@@ -5,18 +5,15 @@ Runs where PyPI's ``lmcache`` is installed (``tests/run.py lmcache`` makes such 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.metadata
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 os.environ.update(LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR", OMP_NUM_THREADS="1")
@@ -24,12 +21,7 @@ os.environ.update(LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR", OMP_NU
 import known_kv
 import servers
 import torch
-from lmcache.utils import CacheEngineKey
-from lmcache.v1.config import LMCacheEngineConfig
-from lmcache.v1.memory_management import MemoryFormat
-from lmcache.v1.metadata import LMCacheMetadata
-from lmcache.v1.storage_backend.connector import CreateConnector
-from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
+from lmcache_client import Client
 
 import lmkv
 from lmkv.backends import BackendSettings, open_backend
@@ -53,38 +45,6 @@ def server(*command: str) -> Iterator[int]:
         finally:
             process.terminate()
             process.wait(20)
-
-
-class Client:
-    """LMCache's connector, as its engine drives it."""
-
-    def __init__(self, port: int, layers: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
-        url = f"lm://127.0.0.1:{port}"
-        config = LMCacheEngineConfig.from_defaults(chunk_size=tokens, max_local_cpu_size=0.1, remote_url=url)
-        metadata = LMCacheMetadata("a/model", 1, 1, 0, 0, dtype, (layers, 2, tokens, 2, hidden // 2))
-        self.shape, self.dtype = torch.Size([2, layers, tokens, hidden]), dtype
-        self.memory = LocalCPUBackend(config, metadata, "cpu")
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.connector = CreateConnector(url, self.loop, self.memory, config, metadata)
-
-    def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
-
-    def key(self, number: int) -> CacheEngineKey:
-        return CacheEngineKey("a/model", 1, 0, number, self.dtype)
-
-    def put(self, number: int, tokens: int) -> torch.Tensor:
-        shape = torch.Size([*self.shape[:2], tokens, self.shape[3]])
-        held = self.memory.allocate(shape, self.dtype, MemoryFormat.KV_2LTD)
-        held.tensor.view(torch.uint8).random_(0, 256)
-        copy = held.tensor.clone()
-        self.run(self.connector.put(self.key(number), held))
-        return copy
-
-    def get(self, number: int) -> torch.Tensor | None:
-        found = self.run(self.connector.get(self.key(number)))
-        return None if found is None else found.tensor.clone()
 
 
 def bits(tensor: torch.Tensor | None) -> bytes | None:
