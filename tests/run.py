@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: ``python tests/run.py [STAGE ...]``.
 
-Stages: lint, types, generated, sanitizers, lmcache, unit, vllm (the default is all). Exits with 1 if one fails, or if a test was
-skipped that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
+Stages: lint, types, generated, sanitizers, lmcache, unit, vllm (the default is all). Exits with 1 if one fails, or if a test
+was skipped that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
 """
 
 from __future__ import annotations
