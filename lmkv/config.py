@@ -144,6 +144,8 @@ class TierConfig:
         policy: eviction policy, used where the backend can list what it holds.
         codec: how payloads are kept (``raw`` or ``naive``: as they are; ``lossless``, today ``blosc2``; or a registered one).
         deadline_seconds: how long one operation may take before it counts as a miss.
+        write_budget: bytes a second that may be written in the long run; what waits meanwhile stays in RAM, and is given up
+            when RAM needs the room. 0 for no limit.
         options: handed to the backend, which refuses what it does not know.
     """
 
@@ -155,6 +157,7 @@ class TierConfig:
     deadline_seconds: float = 2.0
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
     url: str = field(default="", repr=False)
+    write_budget: int = field(default=0, metadata=_BYTES)
 
     def __post_init__(self) -> None:
         scheme, there, _ = self.url.partition("://")
@@ -165,7 +168,8 @@ class TierConfig:
                 raise ConfigError("tiers: expected a backend for each tier; got none: set 'backend' or 'url'")
             object.__setattr__(self, "backend", scheme)
         object.__setattr__(self, "name", self.name or self.backend)
-        object.__setattr__(self, "capacity", _convert("tiers: ", "capacity", int, _BYTES, self.capacity))
+        for size in ("capacity", "write_budget"):
+            object.__setattr__(self, size, _convert("tiers: ", size, int, _BYTES, getattr(self, size)))
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"tiers: options: expected keys and values; got {self.options!r}")
         if not self.deadline_seconds > 0:
@@ -203,6 +207,7 @@ class StoreConfig:
         disk_direct: read and write past the page cache: ``auto`` (where the file system can), ``true`` or ``false``.
         disk_depth: reads and writes in flight at once.
         disk_floor: bytes of the file system that are left free, whatever the quota still allows.
+        disk_write_budget: as for ``tiers``.
 
     Conduct:
         tiers: further slow tiers, in order.
@@ -238,6 +243,7 @@ class StoreConfig:
     disk_direct: str = "auto"
     disk_depth: int = 4
     disk_floor: int = field(default=0, metadata=_BYTES)
+    disk_write_budget: int = field(default=0, metadata=_BYTES)
     tiers: tuple[TierConfig, ...] = ()
     lease_seconds: float = 60.0
     deadline_seconds: float = 10.0
@@ -254,7 +260,7 @@ class StoreConfig:
             for i, tier in enumerate(self.tiers or ())
         )
         object.__setattr__(self, "tiers", tiers)
-        for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity", "disk_floor"):
+        for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity", "disk_floor", "disk_write_budget"):
             object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
         _one_of("ram_huge_pages", self.ram_huge_pages, ("transparent", "reserved", "off"))
@@ -292,6 +298,7 @@ class StoreConfig:
             policy=self.disk_policy,
             codec=self.disk_codec,
             deadline_seconds=self.deadline_seconds,
+            write_budget=self.disk_write_budget,
             options={
                 "path": self.disk_path or str(cache_home() / "lmkv" / folder),
                 "direct": {"auto": "auto", "true": True, "false": False}[self.disk_direct],

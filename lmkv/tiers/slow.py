@@ -28,7 +28,7 @@ from .probing import count_leading
 from .ram import NewChunk
 from .readers import Readers
 from .stats import TierStats
-from .writer import WriteBehind
+from .writer import Budget, WriteBehind
 
 __all__ = ["SlowTier", "Write"]
 
@@ -112,8 +112,10 @@ class SlowTier:
         self._readers = Readers(f"lmkv-{self.name}-read", config.io_threads)
         self._touches: list[list[ChunkKey]] = []
         batch = max(_WRITE_BATCH[0], min(_WRITE_BATCH[1], _WRITE_BYTES // layout.chunk_bytes))
+        self._budget = Budget(settings.write_budget) if settings.write_budget else None
+        pace = None if self._budget is None else self._budget.pause
         self.writer: WriteBehind[Write] = WriteBehind(
-            f"lmkv-{self.name}-write", config.write_queue, batch, self._write, self._give_up
+            f"lmkv-{self.name}-write", config.write_queue, batch, self._write, self._give_up, pace
         )
 
     def _codec_named(self, name: str) -> Codec:
@@ -299,6 +301,8 @@ class SlowTier:
         stored = self._put([missing[i] for i in order], [records[i] for i in order])
         if stored:
             size = sum(map(len, records))
+            if self._budget is not None:
+                self._budget.spend(size)
             with self._counting:
                 self.written_chunks += len(missing)
                 self._moved["write"][0] += size

@@ -12,9 +12,41 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["WriteBehind"]
+__all__ = ["Budget", "WriteBehind"]
 
 Item = TypeVar("Item")
+
+
+class Budget:
+    """Bytes that may be written in the long run, so that one-off prompts do not wear a device; used by one thread.
+
+    Up to a second's worth may be saved up, and a batch may overdraw it: the next one waits until that is made good.
+
+    Args:
+        rate: bytes a second.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._left = float(rate)
+        self._seen = clock()
+
+    def spend(self, size: int) -> None:
+        """So many bytes were written."""
+        self._refill()
+        self._left -= size
+
+    def pause(self) -> float:
+        """Seconds until more may be written."""
+        self._refill()
+        return max(0.0, -self._left / self._rate)
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._left = min(float(self._rate), self._left + (now - self._seen) * self._rate)
+        self._seen = now
 
 
 class WriteBehind(Generic[Item]):
@@ -26,6 +58,7 @@ class WriteBehind(Generic[Item]):
         batch: items handed over at once.
         write: stores a batch; must not raise.
         give_up: told of items that will not be written, and why.
+        pace: seconds that the next batch has to wait, asked before each one; who flushes or closes is not kept waiting.
     """
 
     def __init__(
@@ -35,12 +68,15 @@ class WriteBehind(Generic[Item]):
         batch: int,
         write: Callable[[list[Item]], None],
         give_up: Callable[[Sequence[Item], str], None],
+        pace: Callable[[], float] | None = None,
     ) -> None:
         self._name = name
         self._limit = limit
         self._batch = batch
         self._write = write
         self._give_up = give_up
+        self._pace = pace
+        self._hurried = 0  # who flush
         self._waiting: collections.deque[Item] = collections.deque()
         self._busy = 0
         self._closed = False
@@ -80,7 +116,12 @@ class WriteBehind(Generic[Item]):
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything queued so far is written or given up; ``False`` if ``timeout`` seconds were not enough."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
+            self._hurried += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
+            finally:
+                self._hurried -= 1
 
     def close(self, timeout: float | None = None) -> bool:
         """Write what waits, for at most ``timeout`` seconds, then give the rest up and end the thread."""
@@ -101,6 +142,10 @@ class WriteBehind(Generic[Item]):
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
+                delay = self._pace() if self._pace is not None and not self._hurried and not self._closed else 0.0
+                if delay > 0:
+                    self._changed.wait(delay)
+                    continue
                 items = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
                 self._busy = len(items)
             try:

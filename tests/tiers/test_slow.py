@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,26 @@ def test_written_once(tmp_path: Path) -> None:
         store.store(tokens, known_kv.source(LAYOUT, tokens))
         assert store.flush(60)
         assert store.stats().tiers[1].written_chunks == 0, "what another run left is not written again"
+
+
+def test_a_write_budget_bounds_what_reaches_the_device(tmp_path: Path) -> None:
+    with open_store(tmp_path, disk_write_budget=10_000) as store:
+        for i in range(20):  # 5,120 bytes of KV in five chunks, more as records
+            tokens = list(range(i * 1000, i * 1000 + 80))
+            store.store(tokens, known_kv.source(LAYOUT, tokens))
+        time.sleep(0.5)
+        stats = store.stats().tiers[1]
+        batch = store._slow[0].writer._batch
+        record = 4096 + LAYOUT.chunk_bytes
+        assert 0 < stats.written_bytes <= 15_000 + batch * record, (
+            "a second's worth, half of another, and one batch that overdraws"
+        )
+        assert stats.waiting_writes > 0
+        for i in range(20):
+            assert known_kv.fetch(store, list(range(i * 1000, i * 1000 + 80))) == 80, "what waits is served from RAM"
+        assert store.flush(60), "who asks for it to be durable now does not wait for the budget"
+        assert store.stats().tiers[1].waiting_writes == 0
+        assert store.stats().tiers[1].written_chunks == 100
 
 
 def test_a_longer_chunk_replaces_a_short_one_on_disk(tmp_path: Path) -> None:

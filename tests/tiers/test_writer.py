@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lmkv.tiers.writer import WriteBehind
+from lmkv.tiers.writer import Budget, WriteBehind
 
 
 class Log:
@@ -135,3 +135,49 @@ def test_everything_is_written_or_given_up(limit: int) -> None:
         log.writer.put([i, i + 1, i + 2])
     assert log.writer.close(30)
     assert sorted(log.flat() + [item for item, _ in log.dropped]) == list(range(300))
+
+
+def test_a_budget_holds_in_the_long_run() -> None:
+    now = 100.0
+    budget = Budget(1000, clock=lambda: now)
+    written, paused = 0, 0
+    for _ in range(20_000):
+        if budget.pause() > 0:
+            paused += 1
+        else:
+            budget.spend(70)
+            written += 70
+        now += 0.01
+    assert 200_000 - 1000 <= written <= 200_000 + 1000 + 70, (
+        "200 seconds at 1000 bytes each, and what was saved up or overdrawn"
+    )
+    assert paused
+    now += 3600
+    budget.spend(5000)
+    assert budget.pause() == pytest.approx(4.0), "an hour of rest saves up no more than a second's worth"
+
+
+def test_who_has_to_wait_can_still_be_given_up_and_who_flushes_does_not_wait() -> None:
+    log = Log()
+    log.go.set()
+    pauses = []
+
+    def pace() -> float:
+        pauses.append(1)
+        return 3600.0
+
+    log.writer = WriteBehind("test-writer", 100, 4, log.write, log.give_up, pace)
+    log.writer.put([1, 2, 3])
+    for _ in range(200):
+        if pauses:
+            break
+        threading.Event().wait(0.01)
+    assert pauses
+    assert not log.written
+    assert log.writer.drop_oldest(1, "their slots were needed") == 1
+    assert [item for item, _ in log.dropped] == [1]
+    assert log.writer.flush(30)
+    assert log.flat() == [2, 3]
+    log.writer.put([4])
+    assert log.writer.close(30), "what waits is written at the end"
+    assert log.flat() == [2, 3, 4]
