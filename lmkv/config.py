@@ -208,6 +208,7 @@ class StoreConfig:
         disk_depth: reads and writes in flight at once.
         disk_floor: bytes of the file system that are left free, whatever the quota still allows.
         disk_write_budget: as for ``tiers``.
+        disk_ttl_seconds: records older than so many seconds are not there any more; 0 keeps them.
 
     Conduct:
         tiers: further slow tiers, in order.
@@ -244,6 +245,7 @@ class StoreConfig:
     disk_depth: int = 4
     disk_floor: int = field(default=0, metadata=_BYTES)
     disk_write_budget: int = field(default=0, metadata=_BYTES)
+    disk_ttl_seconds: float = 0.0
     tiers: tuple[TierConfig, ...] = ()
     lease_seconds: float = 60.0
     deadline_seconds: float = 10.0
@@ -273,6 +275,7 @@ class StoreConfig:
         _at_least("disk_depth", self.disk_depth, 1)
         _at_least("ram_capacity", self.ram_capacity, 1)
         _at_least("ram_extent", self.ram_extent, 1)
+        _at_least("disk_ttl_seconds", self.disk_ttl_seconds, 0)
         _at_least("write_queue", self.write_queue, 1)
         _at_least("io_threads", self.io_threads, 1)
         _at_least("breaker_failures", self.breaker_failures, 1)
@@ -304,6 +307,7 @@ class StoreConfig:
                 "direct": {"auto": "auto", "true": True, "false": False}[self.disk_direct],
                 "depth": self.disk_depth,
                 "free_space_floor": self.disk_floor,
+                "ttl_seconds": self.disk_ttl_seconds,
             },
         )
         return (disk, *self.tiers)

@@ -28,7 +28,7 @@ from .disk.index import RecordIndex
 
 __all__ = ["LmdbBackend"]
 
-_OPTIONS = ("path", "direct", "depth", "free_space_floor", "ahead")
+_OPTIONS = ("path", "direct", "depth", "free_space_floor", "ahead", "ttl_seconds")
 #: How often a record that is written anew while it is read is looked for again.
 _ATTEMPTS = 64
 #: Writes in a row without room after which the index is looked at, and how long it is not looked at again.
@@ -76,6 +76,8 @@ class LmdbBackend:
         direct: read and write past the page cache: ``true``, ``false``, or ``auto`` (default) for where the file system can.
         depth: transfers in flight at once; 4 by default.
         free_space_floor: bytes of the file system that are left free; 0 by default.
+        ttl_seconds: records older than so many seconds are not there any more, by the wall clock; 0, the default, keeps them.
+            Their room is taken when it is needed.
         ahead: write segments over beside the engine before they are used, since fresh blocks are slow; ``true`` by default.
 
     Raises:
@@ -86,6 +88,10 @@ class LmdbBackend:
     """
 
     def __init__(self, settings: BackendSettings) -> None:
+        ttl = settings.options.get("ttl_seconds", 0)
+        if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not ttl >= 0:
+            raise ConfigError(f"tier {settings.name}: ttl_seconds: expected a number of at least 0; got {ttl!r}")
+        self._ttl = ttl
         self._directory: Directory = open_directory(_settings(settings))
         shares = self._directory.plan
         self.capacity = shares.segments * shares.geometry.segment_slots * shares.geometry.slot_bytes
@@ -118,14 +124,14 @@ class LmdbBackend:
     def contains_many(self, keys: Sequence[ChunkKey]) -> list[bool]:
         """See :class:`lmkv.backends.base.Backend`."""
         with self._begin() as txn:
-            return [self._index.has(txn, key) for key in keys]
+            return [self._index.has(txn, key) and self._is_fresh(txn, key) for key in keys]
 
     def read_many(self, keys: Sequence[ChunkKey], out: Sequence[memoryview]) -> list[int | None]:
         """See :class:`lmkv.backends.base.Backend`."""
         sizes: list[int | None] = [None] * len(keys)
         lost: list[ChunkKey] = []
         with self._begin() as txn:
-            places = {i: self._index.place(txn, key) for i, key in enumerate(keys)}
+            places = {i: self._index.place(txn, key) for i, key in enumerate(keys) if self._is_fresh(txn, key)}
         for _ in range(_ATTEMPTS):
             wanted = [(i, place) for i, place in places.items() if place is not None and place.size <= len(out[i])]
             if not wanted:
@@ -203,19 +209,29 @@ class LmdbBackend:
     def _files(self) -> Any:
         return self._directory.files
 
+    def _is_fresh(self, txn: Any, key: ChunkKey) -> bool:
+        """Whether a record has not outlived its time."""
+        if not self._ttl:
+            return True
+        place = self._index.place(txn, key)
+        return place is not None and time.time() < place.written + self._ttl
+
     # -- LocalIndex ------------------------------------------------------------------------------------------------------
 
     def match_prefix(self, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
         """See :class:`lmkv.backends.base.LocalIndex`."""
         with self._begin() as txn:
-            return self._index.match_prefix(txn, keys, pieces)
+            held = self._index.match_prefix(txn, keys, pieces)
+            stale = (i for i, key in enumerate(keys[:held]) if not self._is_fresh(txn, key))
+            return next(stale, held) if self._ttl else held
 
     def best_child(self, parent: ChunkKey, tokens: bytes) -> tuple[ChunkKey, bytes, int] | None:
         """See :class:`lmkv.backends.base.LocalIndex`."""
         if not tokens:
             return None
         with self._begin() as txn:
-            return self._index.best_child(txn, parent, tokens)
+            found = self._index.best_child(txn, parent, tokens)
+            return found if found is not None and self._is_fresh(txn, found[0]) else None
 
     def covered_siblings(self, parent: ChunkKey, tokens: bytes) -> list[ChunkKey]:
         """See :class:`lmkv.backends.base.LocalIndex`."""

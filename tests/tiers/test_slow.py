@@ -74,6 +74,31 @@ def test_a_write_budget_bounds_what_reaches_the_device(tmp_path: Path) -> None:
         assert store.stats().tiers[1].written_chunks == 100
 
 
+def test_what_outlived_its_time_is_not_there_and_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = list(range(70))
+    now = time.time()
+    with open_store(tmp_path) as store:
+        keep(store, tokens[:32])
+        monkeypatch.setattr("lmkv.backends.lmdb_disk.time.time", lambda: now + 1000)
+        keep(store, tokens)
+    with open_store(tmp_path, disk_ttl_seconds=600) as store:
+        assert known_kv.fetch(store, tokens) == 0, "its beginning is too old"
+        keep(store, tokens)
+        assert store.stats().tiers[1].written_chunks == 2, "the rest is still good"
+        store._check()
+    monkeypatch.setattr("lmkv.backends.lmdb_disk.time.time", lambda: now + 1500)
+    with open_store(tmp_path, disk_ttl_seconds=600) as store:
+        assert known_kv.fetch(store, tokens) == 70
+    monkeypatch.setattr("lmkv.backends.lmdb_disk.time.time", lambda: now + 1601)
+    with open_store(tmp_path, disk_ttl_seconds=600) as store:
+        assert known_kv.fetch(store, tokens) == 0
+        assert known_kv.fetch(store, [*tokens[:20], 5]) == 0, "not a part of it either"
+    with open_store(tmp_path) as store:
+        assert known_kv.fetch(store, tokens) == 70, "who sets no limit has it all"
+    with pytest.raises(lmkv.ConfigError, match="disk_ttl_seconds: expected at least 0"):
+        open_store(tmp_path, disk_ttl_seconds=-1)
+
+
 def test_a_longer_chunk_replaces_a_short_one_on_disk(tmp_path: Path) -> None:
     base = list(range(200, 240))
     with open_store(tmp_path) as store:
