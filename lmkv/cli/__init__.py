@@ -18,6 +18,7 @@ COMMANDS = {
     "export": ("lmkv.cli.bundle:export", "write stored texts into a bundle for another machine"),
     "import": ("lmkv.cli.bundle:import_", "put the texts of a bundle into a disk tier's directory"),
     "migrate": ("lmkv.adapters.lmcache.migrate:main", "print a configuration of LMCache's in LMKV's keys"),
+    "run": ("lmkv.adapters.lmcache.run:main", "run a command in which LMCache's commands and imports are LMKV's"),
     "serve": ("lmkv.adapters.lmcache.serve:main", "keep values for clients of LMCache's lm:// protocol"),
     "doctor": ("lmkv.cli.doctor:main", "what this machine has, and what LMKV can use of it"),
 }

@@ -91,7 +91,7 @@ def test_standalone_services(code: str, tmp_path: Path) -> None:
 
 def test_commands_of_lmkv_are_there() -> None:
     named = set(re.findall(r"`lmkv ([a-z]+)", PAGE))
-    assert named == {"doctor", "inspect", "verify", "serve", "migrate"}
+    assert named == {"doctor", "inspect", "verify", "serve", "migrate", "run"}
     assert named <= COMMANDS.keys()
 
 

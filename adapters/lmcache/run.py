@@ -1,0 +1,141 @@
+"""``lmkv run --as-lmcache -- COMMAND …``: LMCache's commands and imports inside COMMAND are LMKV's, and nowhere else.
+
+A temporary directory with a small package ``lmcache`` and commands of LMCache's names stands first on ``PYTHONPATH`` and
+``PATH`` of the command, and is gone when it ends. Nothing is installed, and a real ``lmcache`` beside it stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..access import is_loopback
+
+__all__ = ["main", "server"]
+
+_MAIN = 'import sys\n\nfrom {module} import {name}\n\nif __name__ == "__main__":\n    sys.exit({name}(sys.argv[1:]))\n'
+_SERVER = _MAIN.format(module="lmkv.adapters.lmcache.run", name="server")
+_ENGINE = '''"""What programs that use LMCache through vLLM call at their end."""
+
+
+class LMCacheEngineBuilder:
+    """LMKV's store closes with the engine that opened it, so there is nothing left to do."""
+
+    @classmethod
+    def get(cls, instance_id):
+        """The engine of that name: none is kept by name."""
+        return None
+
+    @classmethod
+    def destroy(cls, instance_id):
+        """Nothing: the store writes what waits and closes with its engine."""
+'''
+#: Files of the package: path -> text. Folders become packages.
+_FILES: Mapping[str, str] = {
+    "lmcache/__init__.py": '"""LMKV under LMCache\'s name, by ``lmkv run --as-lmcache``."""\n\nfrom lmkv import __version__\n',
+    "lmcache/c_ops.py": '"""The compiled part of LMKV, under LMCache\'s name for its own."""\n\nimport lmkv._native\n',
+    "lmcache/v1/cache_engine.py": _ENGINE,
+    "lmcache/v1/server/__main__.py": _SERVER,
+    "lmcache/v1/standalone/__main__.py": _MAIN.format(module="lmkv.standalone", name="main"),
+    "lmcache/integration/vllm/utils.py": '"""Names that programs import."""\n\nENGINE_NAME = "vllm-instance"\n',
+}
+_COMMANDS: Mapping[str, str] = {
+    "lmcache_server": _SERVER,
+    "lmcache_controller": _MAIN.format(module="lmkv.adapters.lmcache.run", name="controller"),
+}
+
+
+def server(argv: Sequence[str]) -> int:
+    """``lmcache_server HOST PORT [cpu]``, which listens wherever it is told to, as LMCache's does."""
+    from . import serve
+
+    words = list(argv)
+    if words and not words[0].startswith("-") and not is_loopback(words[0]) and "--insecure" not in words:
+        print(f"lmcache_server (LMKV): anyone who reaches {words[0]} can read and change the values", file=sys.stderr)
+        words.append("--insecure")
+    return serve.main(words)
+
+
+def controller(argv: Sequence[str]) -> int:
+    """``lmcache_controller``, for which LMKV has no use; fails, and says what to do."""
+    del argv
+    print(
+        "lmcache_controller (LMKV): expected no controller: engines share KV through a tier that all of them reach; start "
+        "lmcache_server HOST 65432 instead and set LMCACHE_REMOTE_URL=lm://HOST:65432 for the engines",
+        file=sys.stderr,
+    )
+    return 2
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[Path]:
+    """The temporary directory: ``lib`` for ``PYTHONPATH``, ``bin`` for ``PATH``."""
+    with tempfile.TemporaryDirectory(prefix="lmkv-as-lmcache-") as name:
+        folder = Path(name)
+        for path, text in _FILES.items():
+            file = folder / "lib" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        for inner in (folder / "lib" / "lmcache").rglob("*"):
+            if inner.is_dir():
+                (inner / "__init__.py").touch()
+        (folder / "bin").mkdir()
+        for command, text in _COMMANDS.items():
+            file = folder / "bin" / command
+            file.write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
+            file.chmod(0o755)
+        yield folder
+
+
+def _run(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """The command's exit status. SIGTERM is passed on to it; SIGINT reaches it from the terminal, as it does this process."""
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        process = subprocess.Popen(command, env=environ)
+    except OSError as error:
+        print(f"lmkv run: expected a command that can be run; got {command[0]!r}: {error.strerror}", file=sys.stderr)
+        return 127
+    for number in early:
+        process.send_signal(number)
+    status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
+    """Run a command; returns its exit status (2 for a wrong command line, 127 where it can't be run)."""
+    parser = argparse.ArgumentParser(
+        prog="lmkv run",
+        usage="lmkv run --as-lmcache -- COMMAND [ARG ...]",
+        description="Run a command in which lmcache_server, python -m lmcache.v1.standalone and the imports of LMCache's "
+        "examples are LMKV's.",
+    )
+    parser.add_argument("--as-lmcache", action="store_true", required=True, help="the only way to run a command so far")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, behind --")
+    args = parser.parse_args(list(argv))
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        parser.error("expected a command behind --; got none")
+    env = dict(os.environ if environ is None else environ)
+    with stand_in() as folder:
+        for variable, place in (("PATH", "bin"), ("PYTHONPATH", "lib")):
+            before = env.get(variable)
+            env[variable] = os.pathsep.join([str(folder / place), *([before] if before else [])])
+        found = folder / "bin" / command[0]
+        return _run([str(found) if command[0] in _COMMANDS else command[0], *command[1:]], env)

@@ -1,0 +1,105 @@
+"""``lmkv run --as-lmcache``: LMCache's commands and imports work inside a command, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import servers
+from lm_servers import RawClient
+
+RUN = [sys.executable, "-c", "import sys; from lmkv.cli import main; sys.exit(main())", "run", "--as-lmcache", "--"]
+KEY = b"m@1@0@1@half"
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "tmp").mkdir()
+    return {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONUNBUFFERED": "1"}
+
+
+def run(environ: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*RUN, *command], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert list(Path(environ["TMPDIR"]).iterdir()) == []
+    return done
+
+
+def test_imports_of_lmcaches_examples(environ: dict[str, str]) -> None:
+    code = """
+import lmcache, lmcache.c_ops, lmkv
+from lmcache.v1.cache_engine import LMCacheEngineBuilder
+from lmcache.integration.vllm.utils import ENGINE_NAME
+LMCacheEngineBuilder.destroy(ENGINE_NAME)
+print(ENGINE_NAME, lmcache.__version__ == lmkv.__version__)
+"""
+    done = run(environ, sys.executable, "-c", code)
+    assert (done.stdout, done.stderr) == ("vllm-instance True\n", "")
+
+
+def test_nothing_of_it_is_seen_outside() -> None:
+    code = "import importlib.util; print(importlib.util.find_spec('lmcache'))"
+    assert "as-lmcache" not in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["lmcache_server", "{host}", "{port}"],
+        ["lmcache_server", "{host}", "{port}", "cpu"],
+        [sys.executable, "-m", "lmcache.v1.server", "{host}", "{port}"],
+        ["bash", "-c", "exec lmcache_server {host} {port}"],
+    ],
+)
+def test_the_server(command: list[str], environ: dict[str, str]) -> None:
+    (port,) = servers.free_ports(1)
+    host = "127.0.0.1" if len(command) != 4 else "0.0.0.0"
+    words = [word.format(host=host, port=port) for word in command]
+    with subprocess.Popen([*RUN, *words], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            servers.until(lambda: servers.listens(port))
+            with RawClient(port) as client:
+                client.put(KEY, b"1234")
+                assert client.get(KEY) == b"1234"
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    assert ("anyone who reaches 0.0.0.0" in errors) == (host == "0.0.0.0")
+    assert list(Path(environ["TMPDIR"]).iterdir()) == []
+
+
+def test_the_standalone_service(environ: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp", exc_type=ModuleNotFoundError)
+    (tmp_path / "example.yaml").write_text("chunk_size: 16\nlocal_cpu: true\nmax_local_cpu_size: 0.1\n")
+    flags = ["--config", str(tmp_path / "example.yaml"), "--device=cpu", "--model_name", "my_model", "--port", "0"]
+    words = [*RUN, sys.executable, "-m", "lmcache.v1.standalone", *flags]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert "listening on http://127.0.0.1:" in process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_the_controller_says_what_takes_its_place(environ: dict[str, str]) -> None:
+    done = run(environ, "lmcache_controller", "--host", "localhost", "--port", "9000")
+    assert done.returncode == 2
+    assert "LMCACHE_REMOTE_URL=lm://HOST:65432" in done.stderr
+
+
+def test_exit_status_and_wrong_command_lines(environ: dict[str, str]) -> None:
+    assert run(environ, sys.executable, "-c", "import sys; sys.exit(7)").returncode == 7
+    assert run(environ, sys.executable, "-c", "import os; os.kill(os.getpid(), 9)").returncode == 137
+    done = run(environ, "/nonexistent/command")
+    assert done.returncode == 127
+    assert "No such file" in done.stderr
+    done = run(environ)
+    assert done.returncode == 2
+    assert "expected a command behind --" in done.stderr
