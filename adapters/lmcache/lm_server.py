@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from lmkv.backends.lm_wire import GREETING, REQUEST_BYTES, TOKEN_KEY, Answer, Code, Command, HeaderError, Request, prepare
 from lmkv.backends.redis.wire import Wire, WireError
 
+from .behind import Behind
 from .shelf import Shelf, Value
 
 __all__ = ["LmServer", "ServerLimits"]
@@ -55,15 +56,22 @@ class LmServer:
         host, port: to listen on; port 0 picks a free one.
         limits: what clients may ask for.
         tell: is given a line about a client that was refused something.
+        behind: a tier that also keeps every value, and is asked for those that memory lacks.
 
     Raises:
         OSError: the address can't be listened on.
     """
 
     def __init__(
-        self, shelf: Shelf, host: str, port: int, limits: ServerLimits, tell: Callable[[str], None] = lambda line: None
+        self,
+        shelf: Shelf,
+        host: str,
+        port: int,
+        limits: ServerLimits,
+        tell: Callable[[str], None] = lambda line: None,
+        behind: Behind | None = None,
     ) -> None:
-        self.shelf, self.limits, self._tell = shelf, limits, tell
+        self.shelf, self.limits, self._tell, self._behind = shelf, limits, tell, behind
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listening = socket.create_server((host, port), family=family, backlog=128)
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
@@ -175,18 +183,36 @@ class LmServer:
         if request.command == Command.PUT:
             self._put(wire, request, who)
         elif request.command == Command.GET:
-            value = self.shelf.get(request.key)
+            value = self.shelf.get(request.key) or self._fetch(request.key)
             if value is None:
                 wire.send(_FAIL)
             else:
                 head = Answer(Code.SUCCESS, len(value.data), value.fmt, value.dtype, value.shape)
                 wire.send(head.pack(), value.data)
         elif request.command == Command.EXIST:
-            wire.send(_FOUND if self.shelf.contains(request.key) else _FAIL)
+            there = self.shelf.contains(request.key) or (self._behind is not None and self._behind.contains(request.key))
+            wire.send(_FOUND if there else _FAIL)
         elif request.command == Command.HEALTH:
             wire.send(_HEALTHY)
         else:  # LIST, which LMCache's own server leaves without an answer
             wire.send(_FAIL)
+
+    def _fetch(self, key: bytes) -> Value | None:
+        """A value of the tier behind, which memory keeps from now on if there is room."""
+        value = self._behind.read(key) if self._behind is not None else None
+        if value is None:
+            return None
+        room = self.shelf.reserve(len(value.data))
+        if room is not None:
+            room[:] = value.data
+            value = Value(room, value.fmt, value.dtype, value.shape)
+            self.shelf.put(key, value)
+        return value
+
+    def _forget(self, key: bytes) -> None:
+        self.shelf.remove(key)
+        if self._behind is not None:
+            self._behind.remove(key)
 
     def _put(self, wire: Wire, request: Request, who: str) -> None:
         """Take a value, or let it pass. What stood under the key before is gone in both cases: it is out of date."""
@@ -197,13 +223,13 @@ class LmServer:
             if wrong:
                 self._tell(f"{who}: a value is not kept: {wrong}")
                 self.shelf.count("refused")
-            self.shelf.remove(request.key)
+            self._forget(request.key)
             wire.skip(request.length)
             return
         room = self.shelf.reserve(request.length)
         if room is None:
             self._tell(f"{who}: a value is not kept: {request.length} bytes do not fit into {self.shelf.capacity}")
-            self.shelf.remove(request.key)
+            self._forget(request.key)
             wire.skip(request.length)
             return
         try:
@@ -213,3 +239,5 @@ class LmServer:
             self.shelf.release(room)
             raise
         self.shelf.put(request.key, value)
+        if self._behind is not None:
+            self._behind.write(request.key, value)

@@ -16,6 +16,7 @@ from lmkv.config import parse_bytes
 from lmkv.errors import ConfigError
 
 from ..access import is_loopback, read_token
+from .behind import Behind
 from .config import load_config
 from .lm_server import LmServer, ServerLimits
 from .shelf import Shelf
@@ -32,6 +33,7 @@ class ServeOptions:
         capacity: bytes of values in memory, with what a key costs.
         policy: the eviction policy's name.
         limits: what clients may ask for.
+        tier: url of a tier behind memory, or ``""``.
         warnings: lines for the person who started it.
     """
 
@@ -40,6 +42,7 @@ class ServeOptions:
     capacity: int
     policy: str
     limits: ServerLimits
+    tier: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -67,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--ram-capacity", metavar="SIZE", help="bytes of values held (default: the config's, or 4GiB)")
     add("--ram-policy", metavar="NAME", help="lru, lfu, fifo, mru or s3fifo (default: the config's, or lru)")
+    add(
+        "--tier", default="", metavar="URL", help="also keep every value there: file:///path, redis://host:6379, s3://bucket, …"
+    )
     add("--max-value", default="1GiB", metavar="SIZE", help="largest value taken (default %(default)s)")
     add("--max-connections", type=int, default=ServerLimits.most_connections, help="at once (default %(default)s)")
     add("--patience-seconds", type=float, default=ServerLimits.patience_seconds, help="for slow clients (default %(default)s)")
@@ -103,7 +109,9 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> ServeOpt
     most = min(parse_bytes(args.max_value), MOST_BYTES)
     limits = ServerLimits(token, most, args.max_connections, args.patience_seconds)
     host = "127.0.0.1" if args.host.lower() == "localhost" else args.host.strip("[]")
-    return ServeOptions(host, args.port, loaded.config.ram_capacity, loaded.config.ram_policy, limits, tuple(warnings))
+    return ServeOptions(
+        host, args.port, loaded.config.ram_capacity, loaded.config.ram_policy, limits, args.tier, tuple(warnings)
+    )
 
 
 def _say(line: str) -> None:
@@ -131,6 +139,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     try:
         options = parse_arguments(argv, os.environ if environ is None else environ)
         shelf = Shelf(options.capacity, options.policy)
+        tell = _teller()
+        behind = Behind(options.tier, options.limits.most_bytes, tell) if options.tier else None
     except ConfigError as error:
         print(f"lmkv serve: {error}", file=sys.stderr)
         return 2
@@ -140,7 +150,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        server = LmServer(shelf, options.host, options.port, options.limits, _teller())
+        server = LmServer(shelf, options.host, options.port, options.limits, tell, behind)
     except OSError as error:
         _say(f"expected to listen on {options.host} port {options.port}; the system says: {error}")
         return 1
@@ -151,5 +161,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     print(f"LMKV serves lm://{shown}:{port} ({held}, {'with' if options.limits.token else 'without'} a token)", flush=True)
     stop.wait()
     server.close()
+    if behind is not None:
+        behind.close()
     _say(", ".join(f"{name} {count}" for name, count in shelf.stats().items()))
     return 0

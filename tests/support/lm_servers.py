@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
+from lmkv.adapters.lmcache.behind import Behind
 from lmkv.adapters.lmcache.lm_server import LmServer, ServerLimits
 from lmkv.adapters.lmcache.shelf import Shelf
 
@@ -16,10 +17,14 @@ PUT, GET, EXIST, LIST, HEALTH = 1, 2, 3, 4, 5
 
 
 @contextlib.contextmanager
-def running(capacity: int = 64 << 20, policy: str = "lru", limits: ServerLimits | None = None) -> Iterator[LmServer]:
+def running(
+    capacity: int = 64 << 20, policy: str = "lru", limits: ServerLimits | None = None, tier: str = ""
+) -> Iterator[LmServer]:
     """A server of LMKV's in this process; ``told`` has what it said of its clients."""
     told: list[str] = []
-    server = LmServer(Shelf(capacity, policy), "127.0.0.1", 0, limits or ServerLimits(), told.append)
+    limits = limits or ServerLimits(most_bytes=1 << 20 if tier else 1 << 30)
+    behind = Behind(tier, limits.most_bytes, told.append, 0.5) if tier else None
+    server = LmServer(Shelf(capacity, policy), "127.0.0.1", 0, limits, told.append, behind)
     server.told = told  # type: ignore[attr-defined]
     server.start()
     try:
