@@ -37,7 +37,8 @@ class LMCacheEngineBuilder:
     def destroy(cls, instance_id):
         """Nothing: the store writes what waits and closes with its engine."""
 '''
-#: Files of the package: path -> text. Folders become packages.
+_PLUGIN = "lmkv_as_lmcache-1.0.dist-info"
+#: Files of the package and of vLLM's plug-in: path -> text. Folders of the package become packages.
 _FILES: Mapping[str, str] = {
     "lmcache/__init__.py": '"""LMKV under LMCache\'s name, by ``lmkv run --as-lmcache``."""\n\nfrom lmkv import __version__\n',
     "lmcache/c_ops.py": '"""The compiled part of LMKV, under LMCache\'s name for its own."""\n\nimport lmkv._native\n',
@@ -45,6 +46,8 @@ _FILES: Mapping[str, str] = {
     "lmcache/v1/server/__main__.py": _SERVER,
     "lmcache/v1/standalone/__main__.py": _MAIN.format(module="lmkv.standalone", name="main"),
     "lmcache/integration/vllm/utils.py": '"""Names that programs import."""\n\nENGINE_NAME = "vllm-instance"\n',
+    f"{_PLUGIN}/METADATA": "Metadata-Version: 2.1\nName: lmkv-as-lmcache\nVersion: 1.0\n",
+    f"{_PLUGIN}/entry_points.txt": "[vllm.general_plugins]\nlmkv_as_lmcache = lmkv.adapters.lmcache.run:name_connector\n",
 }
 _COMMANDS: Mapping[str, str] = {
     "lmcache_server": _SERVER,
@@ -72,6 +75,16 @@ def controller(argv: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return 2
+
+
+def name_connector() -> None:
+    """Make ``LMCacheConnectorV1`` another name of LMKV's connector; called by vLLM in each of its processes."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from ..vllm import register
+
+    register()
+    KVConnectorFactory._registry["LMCacheConnectorV1"] = KVConnectorFactory._registry["LMKVConnector"]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,45 @@
+"""A program written for LMCache under vLLM, unchanged, by ``lmkv run --as-lmcache``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAM = """
+import os
+os.environ["LMCACHE_CHUNK_SIZE"] = "48"
+os.environ["LMCACHE_LOCAL_CPU"] = "True"
+os.environ["LMCACHE_MAX_LOCAL_CPU_SIZE"] = "0.1"
+import lmcache.c_ops
+from lmcache.v1.cache_engine import LMCacheEngineBuilder
+from lmcache.integration.vllm.utils import ENGINE_NAME
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+if __name__ == "__main__":
+    llm = LLM(
+        model=MODEL, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=4, block_size=32,
+        enable_prefix_caching=False, skip_tokenizer_init=True,
+        kv_transfer_config=KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both"),
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=6, detokenize=False)
+    prompt = {"prompt_token_ids": [(7 * i) % 90 + 3 for i in range(200)]}
+    first, second = (llm.generate([prompt], sampling)[0] for _ in range(2))
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    print("cached", first.num_cached_tokens, second.num_cached_tokens, flush=True)
+    LMCacheEngineBuilder.destroy(ENGINE_NAME)
+"""
+
+
+def test_a_program_for_lmcache_runs_unchanged(models: Callable[[str], Path], tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.replace("MODEL", repr(str(models("llama")))))
+    lmkv = [sys.executable, "-c", "import sys; from lmkv.cli import main; sys.exit(main())"]
+    done = subprocess.run(
+        [*lmkv, "run", "--as-lmcache", "--", sys.executable, str(script)],
+        env={**os.environ}, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert "cached 0 199" in done.stdout, (done.stdout + done.stderr)[-3000:]
