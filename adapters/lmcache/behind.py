@@ -105,7 +105,11 @@ class Behind:
 
     def read(self, key: bytes) -> Value | None:
         """A value, proved to be the one that was written under this key; a damaged one is deleted."""
-        room = memoryview(np.empty(_HEAD_BYTES + self._most, np.uint8))  # touched only as far as a value reaches
+        try:
+            room = memoryview(np.empty(_HEAD_BYTES + self._most, np.uint8))  # touched only as far as a value reaches
+        except MemoryError:
+            self._failed("read", f"there is no memory for {self._most} bytes: lower --max-value")
+            return None
         sizes: list[int | None] = [None]
 
         def call() -> None:

@@ -128,7 +128,7 @@ class LmServer:
                 prepare(sock, listened=True)
             self._talk(Wire(sock, _FOREVER), who)
             self._part(sock)
-        except WireError as error:
+        except OSError as error:
             if not self._closed:
                 self._tell(f"{who}: {error}")
         finally:

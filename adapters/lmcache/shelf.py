@@ -78,7 +78,13 @@ class Shelf:
                 self._drop(victim)
                 self.counts["evicted"] += 1
             self._promised += cost
-        room: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(size, np.uint8)
+        try:
+            room: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(size, np.uint8)
+        except MemoryError:
+            with self._lock:
+                self._promised -= cost
+                self.counts["refused"] += 1
+            return None
         return memoryview(room)
 
     def release(self, room: memoryview) -> None:

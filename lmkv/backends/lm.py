@@ -211,7 +211,7 @@ class LmBackend:
                     fresh = connection.fresh
                     step(wire, connection)
                 return
-            except (WireError, HeaderError) as error:
+            except (OSError, HeaderError) as error:
                 if fresh or time.monotonic() >= until:
                     raise BackendUnavailableError(f"{self._shown}: {error}") from None
 

@@ -69,6 +69,7 @@ def prepare(sock: socket.socket, *, listened: bool = False) -> None:
         OSError: it has ended.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a client whose machine died says nothing for ever
     if str(sock.getpeername()[0]).startswith(("127.", "::1")):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER)
         if not listened:

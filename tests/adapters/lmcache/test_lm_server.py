@@ -238,6 +238,22 @@ def test_promised_room_counts_and_is_given_back() -> None:
     shelf._check()
 
 
+def test_no_memory_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object) -> None:
+        raise MemoryError
+
+    with running() as server, RawClient(server.address[1]) as client:
+        client.put(KEY, b"the one before..")
+        assert client.ask(EXIST, KEY) == 200
+        monkeypatch.setattr("lmkv.adapters.lmcache.shelf.np.empty", empty)
+        client.put(b"another", b"12345678")
+        assert client.ask(EXIST, b"another") == 400
+        assert client.get(KEY) == b"the one before.."
+        monkeypatch.undo()
+        server.shelf._check()
+        assert server.shelf._promised == 0
+
+
 # -- the command ---------------------------------------------------------------------------------------------------------------
 
 
