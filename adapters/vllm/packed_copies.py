@@ -10,29 +10,13 @@ import torch
 
 from ...errors import ArgumentError
 from ...layout import KVLayout
-from ...transfer import Part, payload_arrays
+from ...transfer import CopyMade, Part, payload_arrays
 from .geometry import LayerKV
 
 __all__ = ["PackedEngine"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUMPY = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
-
-
-class _Done:
-    """A copy that was made before the call returned."""
-
-    def __init__(self, size: int) -> None:
-        self.bytes = size
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-    def wait_layer(self, layer: int, stream: int | None = None) -> None:
-        pass
 
 
 class PackedEngine:
@@ -50,7 +34,7 @@ class PackedEngine:
         self._first_layer = first_layer
         self._views = [[part.view(_BITS[part.element_size()]) for part in layer.parts] for layer in layers]
 
-    def gather(self, parts: Sequence[Part], blocks: Sequence[npt.NDArray[np.int32]], *, stream: int | None = None) -> _Done:
+    def gather(self, parts: Sequence[Part], blocks: Sequence[npt.NDArray[np.int32]], *, stream: int | None = None) -> CopyMade:
         """Engine memory to payloads."""
         return self._copy(parts, blocks, into_payloads=True)
 
@@ -61,11 +45,11 @@ class PackedEngine:
         *,
         stream: int | None = None,
         layerwise: bool = False,
-    ) -> _Done:
+    ) -> CopyMade:
         """Payloads to engine memory."""
         return self._copy(parts, blocks, into_payloads=False)
 
-    def _copy(self, parts: Sequence[Part], blocks: Sequence[npt.NDArray[np.int32]], *, into_payloads: bool) -> _Done:
+    def _copy(self, parts: Sequence[Part], blocks: Sequence[npt.NDArray[np.int32]], *, into_payloads: bool) -> CopyMade:
         size = 0
         for part in parts:
             arrays = payload_arrays(part.payload, self._layout, part.last - part.first)
@@ -77,7 +61,7 @@ class PackedEngine:
                         mine = torch.from_numpy(payload.view(_NUMPY[payload.itemsize]))[:, here][:, first:last]
                         _move(view, ids, index, mine, into_payloads=into_payloads)
                         size += mine.numel() * mine.element_size()
-        return _Done(size)
+        return CopyMade(size)
 
 
 def _runs(blocks: npt.NDArray[np.int32], width: int, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, int]]:

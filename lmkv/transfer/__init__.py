@@ -5,7 +5,7 @@ A :class:`KVAccess` describes a text's tensors: ``gather`` fills payloads from t
 """
 
 from .access import DenseKV, KVAccess, PagedKV, as_access
-from .engine import Copy, CopyEngine, gather, scatter
+from .engine import Copy, CopyEngine, CopyMade, gather, scatter
 from .gpu import Gpu, GpuOptions
 from .pinning import Pinner, Pins
 from .plan import Part, payload_arrays
@@ -14,6 +14,7 @@ from .rows import device_of
 __all__ = [
     "Copy",
     "CopyEngine",
+    "CopyMade",
     "DenseKV",
     "Gpu",
     "GpuOptions",

@@ -17,7 +17,7 @@ from .host import copy_compiled, copy_numpy, needs_numpy
 from .plan import Part, Plan
 from .rows import Bits, Layers, Row, device_of, layer_shapes, row_table
 
-__all__ = ["Copy", "CopyEngine", "gather", "scatter"]
+__all__ = ["Copy", "CopyEngine", "CopyMade", "gather", "scatter"]
 
 
 class Copy(Protocol):
@@ -44,20 +44,21 @@ class Copy(Protocol):
         """
 
 
-class _Done:
-    """A copy that was made before the call returned, as all copies in host memory are."""
+class CopyMade:
+    """A :class:`Copy` that was made before the call returned, as all copies in host memory are."""
 
     def __init__(self, size: int) -> None:
         self.bytes = size
 
     def done(self) -> bool:
+        """It is."""
         return True
 
     def wait(self) -> None:
-        pass
+        """Nothing to wait for."""
 
     def wait_layer(self, layer: int, stream: int | None = None) -> None:
-        pass
+        """Nothing to wait for."""
 
 
 class CopyEngine:
@@ -158,7 +159,7 @@ class CopyEngine:
             places,
             into_payloads=into_payloads,
         )
-        return _Done(size)
+        return CopyMade(size)
 
     def _places(self, parts: Sequence[Part], blocks: Sequence[Any]) -> list[Places]:
         if len(blocks) != len(self._block_tokens):
