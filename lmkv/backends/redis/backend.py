@@ -370,6 +370,8 @@ class RedisBackend:
 
     def clear(self) -> None:
         """See :class:`lmkv.backends.base.Clearable`: every key behind the prefix, whoever wrote it."""
+        import redis.cluster
+
         pattern = "".join(f"\\{c}" if c in "*?[]^\\" else c for c in self._target.prefix) + ":{*"
         for client in self._nodes.masters():
             try:
@@ -380,7 +382,7 @@ class RedisBackend:
                         self._unlink(client, batch)
                         batch = []
                 self._unlink(client, batch)
-            except Exception as error:
+            except (redis.RedisError, redis.cluster.RedisClusterException, OSError) as error:
                 raise BackendError(f"{self._target.shown}: clear: {type(error).__name__}: {error}") from None
 
     @staticmethod
