@@ -45,6 +45,7 @@ class PackedEngine:
         *,
         stream: int | None = None,
         layerwise: bool = False,
+        quick_pass: bool = False,
     ) -> CopyMade:
         """Payloads to engine memory."""
         return self._copy(parts, blocks, into_payloads=False)

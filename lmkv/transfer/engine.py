@@ -128,26 +128,43 @@ class CopyEngine:
             ArgumentError: too few blocks.
             NativeError: a block id out of range; nothing was copied.
         """
-        return self._copy(parts, blocks, stream, into_payloads=True)
+        return self._copy(parts, blocks, stream, self._layer_rows[-1:], into_payloads=True)
 
     def scatter(
-        self, parts: Sequence[Part], blocks: Sequence[Any], *, stream: int | None = None, layerwise: bool = False
+        self,
+        parts: Sequence[Part],
+        blocks: Sequence[Any],
+        *,
+        stream: int | None = None,
+        layerwise: bool = False,
+        quick_pass: bool = False,
     ) -> Copy:
         """Payloads to engine memory; as :meth:`gather`.
 
         Args:
             layerwise: bring the first layers first, so that :meth:`Copy.wait_layer` lets a forward pass begin before the end.
+            quick_pass: computing a layer takes less time than bringing it, so that only what follows the last layers counts:
+                bring few groups of layers, the last one small. Else the first layers come as early as can be.
         """
-        return self._copy(parts, blocks, stream, into_payloads=False, layerwise=layerwise)
+        ends = self._layer_rows[-1:]
+        if layerwise:
+            layers = len(self._layer_rows)
+            ends = self._layer_rows[(_late_groups(layers) if quick_pass else _early_groups(layers)) - 1]
+        return self._copy(parts, blocks, stream, ends, into_payloads=False)
 
     def _copy(
-        self, parts: Sequence[Part], blocks: Sequence[Any], stream: int | None, *, into_payloads: bool, layerwise: bool = False
+        self,
+        parts: Sequence[Part],
+        blocks: Sequence[Any],
+        stream: int | None,
+        ends: npt.NDArray[np.int64],
+        *,
+        into_payloads: bool,
     ) -> Copy:
         places = self._places(parts, blocks)
         size = int(sum(part.stop - part.start for part in parts) * (self._table[:, 6] * self._table[:, 7]).sum())
         if self._gpu is not None:
             plan = Plan(self._table, parts, places)
-            ends = self._layer_rows[_group_ends(len(self._layer_rows)) - 1] if layerwise else self._layer_rows[-1:]
             return self._gpu.start(plan, ends, self._layer_rows.tolist(), size, into_payloads=into_payloads, stream=stream)
         _copy_host(
             typing.cast(Sequence[Bits], self._rows),
@@ -188,12 +205,21 @@ def _spans(parts: Sequence[Part]) -> list[tuple[int, int]]:
     return spans
 
 
-def _group_ends(layers: int) -> npt.NDArray[np.int64]:
-    """How layers are brought one group after the other: few first, so that a forward pass can begin, then more at a time."""
+def _early_groups(layers: int) -> npt.NDArray[np.int64]:
+    """Last layer + 1 of groups that are brought in turn: few first, so that a forward pass can begin, then more at a time."""
     ends = [1, 2, 4]
     while ends[-1] < layers:
         ends.append(ends[-1] + max(4, layers // 8))
     return np.unique(np.minimum(ends, layers))
+
+
+def _late_groups(layers: int) -> npt.NDArray[np.int64]:
+    """The same for a pass that is quicker than the copy: two thirds of what is left in turn, down to the last four layers."""
+    ends = [0]
+    while ends[-1] < layers:
+        left = layers - ends[-1]
+        ends.append(layers if left <= 4 else layers - left // 3)
+    return np.array(ends[1:])
 
 
 def _copy_host(
