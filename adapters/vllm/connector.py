@@ -20,6 +20,7 @@ try:
 except ImportError:  # an older vLLM does not tell sources apart
     CacheHitSource = None
 
+from .hashing import spare_block_hashes
 from .metrics import LMKVPromMetrics, LMKVStats
 from .plans import Orders, Report, ShardInfo
 from .scheduler import SchedulerHalf
@@ -46,6 +47,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(settings, vllm_config)
+            spare_block_hashes(LMKVConnector)
         else:
             self._worker = WorkerHalf(
                 vllm_config, kv_cache_config, layerwise=settings.layerwise, pin_at_start=settings.pin == "start"

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ...errors import LayoutMismatchError, LMKVError
 from ...layout import KVLayout
@@ -105,6 +106,8 @@ class Copier:
             self._engine = CopyEngine(layers, layout, order="HND", first_layer=first_layer, tables=tables)
         #: CUDA ordinal of the tensors' device, ``None`` on a CPU.
         self.device = self._engine.device if isinstance(self._engine, CopyEngine) else None
+        #: Nothing is ever put into it.
+        self._idle_stream = None if self.device is None else torch.cuda.Stream(self.device)
         self._slots = slots
         self._offset = payload_offset(layout.chunk_tokens)
         self._token_bytes = layout.token_bytes
@@ -112,12 +115,18 @@ class Copier:
         self._pieces = [pieces[group] for group in sorted(pieces)]
         self._layer_numbers = {layer.name: i for i, layer in enumerate(geometry.layers)}
 
-    def load(self, order: CopyOrder, *, layerwise: bool = False) -> Running:
-        """Begin to copy slots into blocks, behind what torch's current stream does."""
+    def load(self, order: CopyOrder, *, layerwise: bool = False, quick_pass: bool = False, behind: bool = True) -> Running:
+        """Begin to copy slots into blocks.
+
+        Args:
+            layerwise, quick_pass: see :meth:`lmkv.transfer.CopyEngine.scatter`.
+            behind: what torch's current stream does; else at once.
+        """
         running = Running(order)
         try:
             parts, blocks = self._arguments(order)
-            running.copy = self._engine.scatter(parts, blocks, layerwise=layerwise)
+            stream = None if behind or self._idle_stream is None else int(self._idle_stream.cuda_stream)
+            running.copy = self._engine.scatter(parts, blocks, stream=stream, layerwise=layerwise, quick_pass=quick_pass)
         except LMKVError as error:
             running.error = f"{type(error).__name__}: {error}"
         running.done()

@@ -114,6 +114,8 @@ class Orders(KVConnectorMetadata):
         preempted: requests whose blocks are about to be taken.
         forward: whether the model runs in this step.
         early: loads may begin before vLLM has prepared the step's inputs; not where it still clears new blocks then.
+        behind: loads begin behind the steps that still run; not needed where none of these can touch the blocks.
+        quick_pass: the forward pass takes less time than the loads.
         healed: the last step whose failed loads the scheduler knows of.
     """
 
@@ -125,6 +127,8 @@ class Orders(KVConnectorMetadata):
     preempted: frozenset[str] = frozenset()
     forward: bool = True
     early: bool = True
+    behind: bool = True
+    quick_pass: bool = False
     healed: int = -1
 
 

@@ -28,8 +28,8 @@ __all__ = ["SchedulerHalf"]
 
 logger = init_logger("vllm.lmkv.scheduler")
 
-#: How long a step without work waits for reads and copies under way: asking again should not take the processor from them.
-_IDLE_SECONDS = 0.0005
+#: A token to compute takes at least as long as so many to load: a forward pass of few tokens is over before their KV is there.
+_LOADED_A_COMPUTED = 16
 
 
 class SchedulerHalf:
@@ -65,6 +65,8 @@ class SchedulerHalf:
         self._newly_held: set[str] = set()
         self._step = 0
         self._healed = -1
+        self._freed_step = 0  # the last step up to which a request may have run whose blocks came free
+        self._steps_in_flight = math.inf  # at most, the one that is being scheduled counted
         self._renewed = False  # leases, in the step that is being scheduled
         self._bypass_reasons: set[str] = set()
         for line in settings.warnings:
@@ -85,6 +87,9 @@ class SchedulerHalf:
             logger.warning("LMKV: reuse is off, everything is computed: %s", why)
             return
         self.refusal = ""
+        if not any(next(iter(shards.values())).windows):  # a window's blocks come free while a request runs
+            drafts = self._vllm_config.speculative_config is not None  # computed behind the answer that ends a step
+            self._steps_in_flight = getattr(self._vllm_config, "max_concurrent_batches", math.inf) + drafts
         replicated = all(shard.latent for shard in shards.values())
         first_layer: dict[tuple[int, int], int] = {}
         groups: list[Any] = []
@@ -146,6 +151,8 @@ class SchedulerHalf:
         state = self._requests.get(request.request_id)
         if state is not None:
             return state
+        if getattr(request, "resumable", False):  # its text may be cut while it runs
+            self._steps_in_flight = math.inf
         wishes = wishes_of(request.kv_transfer_params)
         namespace = None
         why = self.refusal or refusal(request)
@@ -235,6 +242,8 @@ class SchedulerHalf:
         self._renew()
         self._step += 1
         preempted = frozenset(output.preempted_req_ids or ())
+        if preempted:
+            self._freed_step = self._step
         for name in preempted:
             state = self._requests.get(name)
             if state is not None:
@@ -259,11 +268,11 @@ class SchedulerHalf:
             preempted=preempted,
             forward=output.total_num_scheduled_tokens > 0,
             early=not getattr(output, "new_block_ids_to_zero", None),
+            behind=self._step - self._freed_step < self._steps_in_flight,
+            quick_pass=_LOADED_A_COMPUTED * output.total_num_scheduled_tokens <= sum(order.tokens for order in self._loads),
             healed=self._healed,
         )
         self._loads, self._newly_held, self._renewed = [], set(), False
-        if not orders.forward and not orders.loads:
-            self._idle()
         return orders
 
     def _follow_blocks(self, output: Any) -> None:
@@ -302,10 +311,6 @@ class SchedulerHalf:
             state = self._requests.get(name)
             if state is not None and state.namespace is not None and not state.wishes.skip_save:
                 yield state, (before, before + output.num_scheduled_tokens[name])
-
-    def _idle(self) -> None:
-        if self._copies or any(state.prefetch is not None for state in self._requests.values()):
-            time.sleep(_IDLE_SECONDS)
 
     def _renew(self) -> None:
         """A lease that is still needed must not end because a step took long."""
@@ -411,6 +416,7 @@ class SchedulerHalf:
 
     def finished(self, request: Any) -> bool:
         """A request has ended; whether its blocks must stay until its copies are done."""
+        self._freed_step = self._step
         state = self._requests.get(request.request_id)
         if state is None:
             return False

@@ -96,7 +96,7 @@ class WorkerHalf:
         if orders.pool is not None and self._copier is None:
             self._open(orders.pool)
         for order in orders.loads:
-            running = self._begin(order, load=True)
+            running = self._begin_load(order, orders)
             self._running.append(running)
             if running.error and order.waits:
                 self._failed_step = orders.step
@@ -125,7 +125,7 @@ class WorkerHalf:
             if self._failed_step > orders.healed:  # the pass may have read blocks that were never filled
                 self._running.append(Running(order, error="a load failed before the pass that computed it"))
             else:
-                running = self._begin(order, load=False)
+                running = self._begin_store(order)
                 self._running.append(running)
                 if self._copier is not None and self._geometry is not None and any(self._geometry.windows):
                     self._copier.wait_all(running)  # a window's blocks are taken back as it moves on, while the request runs
@@ -199,12 +199,19 @@ class WorkerHalf:
     def _told(event: Event) -> None:
         logger.warning("LMKV: %s: %s", event.kind, dict(event.detail))
 
-    def _begin(self, order: CopyOrder, *, load: bool) -> Running:
+    def _begin_load(self, order: CopyOrder, orders: Orders) -> Running:
         if self._copier is None:
-            return Running(order, error=self._refusal or "the slots are not mapped")
-        if load:
-            return self._copier.load(order, layerwise=self._layerwise)
+            return self._unmapped(order)
+        layerwise = self._layerwise and order.waits
+        return self._copier.load(order, layerwise=layerwise, quick_pass=orders.quick_pass, behind=orders.behind)
+
+    def _begin_store(self, order: CopyOrder) -> Running:
+        if self._copier is None:
+            return self._unmapped(order)
         return self._copier.store(order) if self._stores else Running(order)
+
+    def _unmapped(self, order: CopyOrder) -> Running:
+        return Running(order, error=self._refusal or "the slots are not mapped")
 
     def _collect(self) -> None:
         """Note copies that ended."""

@@ -1,0 +1,120 @@
+"""What the scheduler's half says about a step: what its loads must wait for, and how they are brought."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engines import CHUNK, assert_same, text
+from vllm import SamplingParams
+
+from lmkv.adapters.vllm.hashing import _unread
+
+
+def params(tokens: int) -> SamplingParams:
+    """Greedy, of so many tokens."""
+    return SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
+
+
+def recorded(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The orders of all steps from now on."""
+    given: list[Any] = []
+    original = engine.half.orders
+
+    def orders(output: Any) -> Any:
+        given.append(original(output))
+        return given[-1]
+
+    monkeypatch.setattr(engine.half, "orders", orders)
+    return given
+
+
+def loads(given: list[Any]) -> list[Any]:
+    """Orders with loads."""
+    return [orders for orders in given if orders.loads]
+
+
+def test_a_load_waits_for_running_steps_only_where_blocks_came_free(
+    engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of()
+    known = text(4 * CHUNK, seed=1)
+    wanted = engine.computed([known])
+    engine.ask([known])
+    given, vllm = recorded(engine, monkeypatch), engine.llm.llm_engine
+    assert engine.half._steps_in_flight == engine.core.batch_queue_size
+
+    vllm.add_request("long", {"prompt_token_ids": text(40, seed=2)}, params(40))
+    for _ in range(6):
+        vllm.step()
+    vllm.add_request("known", {"prompt_token_ids": known}, params(2))
+    for _ in range(2):
+        vllm.step()
+    assert [orders.behind for orders in loads(given)] == [False]  # for seven steps nobody has ended
+
+    given.clear()
+    while vllm.has_unfinished_requests():
+        vllm.step()
+        if "known" not in engine.half._requests:
+            break
+    vllm.add_request("again", {"prompt_token_ids": known}, params(2))
+    vllm.step()
+    assert [orders.behind for orders in loads(given)] == [engine.half._steps_in_flight > 1]
+    while vllm.has_unfinished_requests():
+        vllm.step()
+
+    given.clear()
+    half = engine.half
+    monkeypatch.setattr(half, "_steps_in_flight", 2)  # as with asynchronous scheduling
+    half._freed_step = half._step  # a request that ran in the last step has ended
+    answer = engine.ask([known])
+    assert [orders.behind for orders in loads(given)] == [True]
+    assert_same(answer, wanted)
+
+
+def test_a_preempted_requests_blocks_are_waited_for(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(num_gpu_blocks_override=14, max_model_len=256)
+    given = recorded(engine, monkeypatch)
+    engine.ask([text(120 + i, seed=31 + i) for i in range(4)], tokens=40)
+    preempted = [orders for orders in given if orders.preempted]
+    assert preempted
+    assert all(orders.behind for orders in preempted)
+
+
+def test_windows_free_blocks_at_any_time(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of("window")
+    known = text(200, seed=4)
+    engine.ask([known])
+    given = recorded(engine, monkeypatch)
+    for _ in range(5):
+        engine.core.step()
+    engine.ask([known])
+    assert [orders.behind for orders in loads(given)] == [True]
+
+
+def test_a_pass_of_few_tokens_is_quick(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    known = text(400, seed=5)
+    engine.ask([known])
+    given = recorded(engine, monkeypatch)
+    engine.ask([known])
+    engine.ask([known + text(100, seed=6)])
+    assert [orders.quick_pass for orders in loads(given)] == [True, False]
+
+
+def test_blocks_are_hashed_only_for_a_reader(engine_of: Callable[..., Any]) -> None:
+    engine = engine_of()
+    assert engine.core.request_block_hasher is not None
+    engine.ask([text(50, seed=7)])
+    assert engine.core.request_block_hasher is None
+    assert not _unread(engine.core, int)  # another connector may read them
+
+
+def test_prefix_caching_keeps_its_hashes(engine_of: Callable[..., Any]) -> None:
+    engine = engine_of(enable_prefix_caching=True)
+    prompt = text(100, seed=8)
+    first, again = engine.ask([prompt])[0], engine.ask([prompt])[0]
+    assert engine.core.request_block_hasher is not None
+    assert engine.core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
+    assert again.tokens == first.tokens
