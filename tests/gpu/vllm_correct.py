@@ -5,7 +5,9 @@ small saved model with random weights whose outputs react to the KV of every pos
 vLLM's own prefix cache (local) and, once that is emptied, from LMKV (loaded). Where the number of tokens to compute behind the
 hit is the same, the model runs in the same shape on the same bits, so local and loaded must agree exactly, in any dtype; cold
 and loaded must have equal greedy tokens and log-probabilities within a tolerance. Then single positions are corrupted in the
-slots, which must be seen. One JSON object a line: the case, what was found, ``ok``. Exit status 1 if a case failed.
+slots, which must be seen. Last, more known prompts than vLLM has blocks for come at once, again and again, and end at different
+times, so that blocks are given from one to the next while steps run. One JSON object a line: the case, what was found, ``ok``.
+Exit status 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every combination instead of a choice that covers each value")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=2048, help="of vLLM's KV memory")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on a part of the device's memory")
     parser.add_argument("--limit", type=float, default=240, help="seconds a case may take")
     parser.add_argument("--log", help="folder for the processes' output")
     return parser.parse_args()
@@ -91,6 +95,8 @@ class Case:
             max_num_seqs=8,
             max_num_batched_tokens=int(case["budget"]),
             num_gpu_blocks_override=args.blocks,
+            kv_cache_memory_bytes=2 << 30,  # what is free is not measured, which several at a time would disturb
+            gpu_memory_utilization=min(0.8, 0.6 / args.jobs),
             tensor_parallel_size=args.tensor_parallel,
             seed=0,
             kv_transfer_config=KVTransferConfig(
@@ -102,12 +108,17 @@ class Case:
             ),
             **settings,
         )
-        self.sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=5, detokenize=False, ignore_eos=True)
+        self.sampling_of = lambda tokens: SamplingParams(
+            max_tokens=tokens, temperature=0, logprobs=5, detokenize=False, ignore_eos=True
+        )
+        self.sampling = self.sampling_of(6)
         block = self.llm.llm_engine.vllm_config.cache_config.block_size
         numbers = random.Random(7)
         # one token behind whole blocks: vLLM's own cache and LMKV then leave the same single token to compute
         self.aligned = [[numbers.randrange(512) for _ in range(length // block * block + 1)] for length in LENGTHS]
         self.odd = [[numbers.randrange(512) for _ in range(length + 7)] for length in LENGTHS]
+        self.many = [[numbers.randrange(512) for _ in range(numbers.randrange(200, 3000))] for _ in range(24)]
+        self.random = numbers
         self.tolerance = TOLERANCE[case["dtype"]]
 
     def ask(self, prompts: list[list[int]], *, together: bool = False) -> list[Any]:
@@ -115,11 +126,14 @@ class Case:
         found: list[Any] = []
         for group in groups:
             outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in group], self.sampling, use_tqdm=False)
-            for output in outputs:
-                first = output.outputs[0]
-                logprobs = [{token: entry.logprob for token, entry in step.items()} for step in first.logprobs]
-                found.append((list(first.token_ids), logprobs, output.num_cached_tokens or 0))
+            found += map(self.answer, outputs)
         return found
+
+    @staticmethod
+    def answer(output: Any) -> Any:
+        first = output.outputs[0]
+        logprobs = [{token: entry.logprob for token, entry in step.items()} for step in first.logprobs]
+        return list(first.token_ids), logprobs, output.num_cached_tokens or 0
 
     def forget_local(self) -> None:
         client = self.llm.llm_engine.engine_core
@@ -136,7 +150,7 @@ class Case:
         """Largest difference of log-probabilities up to where greedy tokens part, infinite if they part at more than a tie."""
         worst = 0.0
         for (tokens_a, steps_a, _), (tokens_b, steps_b, _) in zip(a, b, strict=True):
-            for token_a, token_b, one, other in zip(tokens_a, tokens_b, steps_a, steps_b, strict=True):
+            for token_a, token_b, one, other in zip(tokens_a, tokens_b, steps_a, steps_b, strict=False):
                 worst = max(worst, *(abs(one[token] - other[token]) for token in one.keys() & other.keys()), 0.0)
                 if token_a != token_b:
                     gap = one[token_a] - one.get(token_b, float("-inf"))
@@ -165,6 +179,7 @@ class Case:
         found["odd_cold_and_loaded"] = self.apart(odd_cold, odd_loaded)
         found["odd_cached"] = [cached for *_, cached in odd_loaded]
         found["corruption_seen"] = self.corruption()
+        found["churn"], found["churn_cached"] = self.churn()
         limit = max(self.tolerance, 2 * found["cold_and_local"])
         full = all(cached >= len(prompt) - 1 for prompt, cached in zip(self.aligned, found["cached_loaded"], strict=True))
         found["full_hits"] = full
@@ -173,8 +188,27 @@ class Case:
             and found["cold_and_loaded"] <= limit
             and found["odd_cold_and_loaded"] <= limit
             and found["corruption_seen"] in ("all", "not tried")
+            and found["churn"] <= limit
         )
         return found
+
+    def churn(self) -> tuple[float, float]:
+        """How far answers are from computed ones while blocks change hands all the time; share of tokens that was loaded."""
+        computed = []
+        for prompt in self.many:
+            self.forget_local()
+            computed += self.ask([prompt])
+        worst, cached, asked = 0.0, 0, 0
+        for _ in range(4):
+            self.forget_local()
+            order = self.random.sample(range(len(self.many)), len(self.many))
+            prompts = [{"prompt_token_ids": self.many[i]} for i in order]
+            sampling = [self.sampling_of(self.random.randrange(1, 40)) for _ in order]
+            found = [self.answer(output) for output in self.llm.generate(prompts, sampling, use_tqdm=False)]
+            worst = max(worst, self.apart([computed[i] for i in order], found))
+            cached += sum(answer[2] for answer in found)
+            asked += sum(map(len, self.many))
+        return worst, round(cached / asked, 4)
 
     def corruption(self) -> str:
         """Whether a change of single positions in the slots is seen; ``not tried`` where the store is out of reach."""
@@ -224,7 +258,7 @@ def run_case(args: argparse.Namespace) -> None:
 def start_case(args: argparse.Namespace, case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
     """One case in a process of its own; what it found. An engine's processes may outlive their parent: all are ended."""
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(case), "--model", str(model)]
-    command += ["--tensor-parallel", str(args.tensor_parallel), "--blocks", str(args.blocks)]
+    command += ["--tensor-parallel", str(args.tensor_parallel), "--blocks", str(args.blocks), "--jobs", str(args.jobs)]
     log = folder / ("-".join(str(value) for value in case.values()) + ".log")
     begun, code, text = time.time(), None, ""
     with log.open("w") as out:
@@ -258,10 +292,10 @@ def main() -> int:
         folder = Path(args.log or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         models = {kind: save_model(kind, Path(scratch)) for kind in args.kinds.split(",")}
-        for case in cases(args):
-            found = start_case(args, case, models[case["kind"]], folder)
-            failed += not found["ok"]
-            print(json.dumps(found), flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for found in pool.map(lambda case: start_case(args, case, models[case["kind"]], folder), cases(args)):
+                failed += not found["ok"]
+                print(json.dumps(found), flush=True)
     return int(failed > 0)
 
 
