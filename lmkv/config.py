@@ -192,6 +192,8 @@ class StoreConfig:
         chunk_size: tokens a chunk; ``None`` takes the layout's, a number must equal it.
         save_partial_chunk: keep the last, short chunk of a text.
         ram_capacity, ram_policy: bytes of slots, and lru, lfu, fifo, mru or s3fifo.
+        ram_cache: keep chunks in RAM; ``false`` leaves it to copies under way: a stored chunk goes as soon as the slow tiers
+            have it, a loaded one as soon as its lease ends.
         ram_shared: slots in memory that another process can map.
         ram_extent: bytes by which the pool grows.
         ram_ahead: bytes of free slots that are made ready beside the caller, since fresh memory is slow to touch; 0 for none.
@@ -230,6 +232,7 @@ class StoreConfig:
     save_partial_chunk: bool = True
     ram_capacity: int = field(default=4 * 1024**3, metadata=_BYTES)
     ram_policy: str = "lru"
+    ram_cache: bool = True
     ram_shared: bool = False
     ram_extent: int = field(default=256 * 1024**2, metadata=_BYTES)
     ram_ahead: int = field(default=256 * 1024**2, metadata=_BYTES)
@@ -282,6 +285,11 @@ class StoreConfig:
         for name in ("lease_seconds", "deadline_seconds", "breaker_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0 seconds; got {getattr(self, name)!r}")
+        if not (self.ram_cache or self.disk_capacity or tiers):
+            raise ConfigError(
+                "ram_cache: expected a slow tier that keeps chunks where RAM does not; got false, a disk_capacity of 0 and no "
+                "tiers: set disk_capacity or tiers, or leave ram_cache out"
+            )
         names = ["ram", "disk", *(tier.name for tier in tiers)]
         if len(set(names)) != len(names):
             raise ConfigError(f"tiers: expected names that differ (ram and disk are taken); got {names[2:]}")

@@ -32,7 +32,7 @@ class Finder:
         self._width = ram.layout.chunk_tokens
         self._probes = Probes()
 
-    def match(self, namespace: Namespace, keys: list[ChunkKey], pieces: list[bytes], wait: float = 0.0) -> Match:
+    def match(self, namespace: Namespace, keys: Sequence[ChunkKey], pieces: Sequence[bytes], wait: float = 0.0) -> Match:
         """What the tiers hold of a prompt's chunks; remote tiers are waited for at most ``wait`` seconds."""
         runs: list[tuple[str, int]] = []
         full, pending, total = 0, False, len(keys)
@@ -88,6 +88,17 @@ class Finder:
             if child is not None and (best is None or child[2] > best.shared):
                 best = Tail(*child, tier.name)
         return best
+
+    def behind(self, root: ChunkKey, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
+        """Leading chunks that every slow tier holds; 0 if one of them can't tell at once."""
+        known = len(keys)
+        for tier in self._slow:
+            held = tier.match_prefix(keys[:known], pieces[:known])
+            if held == known - 1:  # a longer chunk may begin with the tokens of a short last one
+                child = tier.best_child(keys[held - 1] if held else root, pieces[held])
+                held += child is not None and child[2] * TOKEN_BYTES == len(pieces[held])
+            known = held
+        return known
 
     # -- looking up anywhere ---------------------------------------------------------------------------------------------
 

@@ -126,6 +126,14 @@ class Match:
             found.append(ChunkHit(tail.key, len(found) * self._chunk_tokens, tail.shared, stored, tail.tier))
         return tuple(found)
 
+    def tier_of(self, number: int) -> str:
+        """Name of the tier that holds the prompt's chunk of that number; empty for none."""
+        for tier, count in self.runs:
+            if number < count:
+                return tier
+            number -= count
+        return self.tail.tier if self.tail and not number else ""
+
     def tokens_by_tier(self) -> dict[str, int]:
         """How many of the hit tokens come from which tier."""
         counts: dict[str, int] = {}

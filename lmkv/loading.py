@@ -172,7 +172,8 @@ class Loader:
             for chunk in batch:
                 del self._under_way[chunk.key]
             self._ram.pool.release([chunk.slot for chunk, ok in zip(batch, there, strict=True) if not ok])
-            self._ram.commit(good)
+            for node, _ in self._ram.commit(good):
+                node.origin = tier.name
         if good:
             tokens = sum(len(chunk.piece) for chunk in good) // TOKEN_BYTES
             size = tokens * self._ram.layout.token_bytes

@@ -151,6 +151,29 @@ class Store:
             StoreClosedError: the store was closed.
         """
         self._open()
+        nodes, hit = self._pinned(match)
+        if hit < match.hit_tokens and not self._ram.keeps and match.tier_of(len(nodes)) == self._ram.name:
+            # it went from RAM since the lookup, so slow tiers have it by now
+            self._unpin(nodes)
+            nodes, hit = self._pinned(self._finder.match(match.namespace, match.keys, match.pieces))
+            hit = min(hit, match.hit_tokens)
+        with self._lock:
+            self._open()
+            self._ram.touch(nodes)
+            lease = Lease(nodes, hit, self.layout.chunk_tokens, self.config.lease_seconds, self._ram.payload, self._release)
+            self._leases[id(lease)] = lease
+            self._counts["lookups"] += 1
+            self._counts["lookup_tokens"] += match.total_tokens
+            self._counts["hit_tokens"] += hit
+            self._count_tiers(nodes, hit)
+        if nodes and self._slow:
+            keys = [node.key for node in nodes]
+            for tier in self._slow:
+                tier.touch(keys)
+        return lease
+
+    def _pinned(self, match: Match) -> tuple[list[Node], int]:
+        """As :meth:`_held`, once what slow tiers hold of the match was loaded; the nodes are pinned."""
         if any(tier != self._ram.name for tier, _ in match.runs) or (match.tail and match.tail.tier != self._ram.name):
             self._loader.load_and_wait(match)
         with self._lock:
@@ -158,18 +181,7 @@ class Store:
             nodes, hit = self._held(match)
             for node in nodes:
                 node.pins += 1
-            self._ram.touch(nodes)
-            lease = Lease(nodes, hit, self.layout.chunk_tokens, self.config.lease_seconds, self._ram.payload, self._release)
-            self._leases[id(lease)] = lease
-            self._counts["lookups"] += 1
-            self._counts["lookup_tokens"] += match.total_tokens
-            self._counts["hit_tokens"] += hit
-            self._count_tiers(match, hit)
-        if nodes and self._slow:
-            keys = [node.key for node in nodes]
-            for tier in self._slow:
-                tier.touch(keys)
-        return lease
+            return nodes, hit
 
     def _held(self, match: Match) -> tuple[list[Node], int]:
         """The match's chunks that are in slots, and how many tokens of the prompt they serve; at most what was promised."""
@@ -184,11 +196,17 @@ class Store:
                 hit = min(hit + found[1], match.hit_tokens)
         return nodes, hit
 
-    def _count_tiers(self, match: Match, hit: int) -> None:
-        left = hit
-        for tier, tokens in match.tokens_by_tier().items() if len(match.runs) > 1 or match.tail else _single(match):
-            self._hits_by_tier[tier] = self._hits_by_tier.get(tier, 0) + min(tokens, left)
-            left -= min(tokens, left)
+    def _count_tiers(self, nodes: Sequence[Node], hit: int) -> None:
+        """Count the tokens of a lease for the tiers that its chunks were loaded from, if this is the first lease of them."""
+        width, counts = self.layout.chunk_tokens, {self._ram.name: hit}
+        for i, node in enumerate(nodes):
+            if node.origin:
+                tokens = max(0, min(width, hit - i * width))
+                counts[node.origin] = counts.get(node.origin, 0) + tokens
+                counts[self._ram.name] -= tokens
+                node.origin = ""
+        for tier, tokens in counts.items():
+            self._hits_by_tier[tier] = self._hits_by_tier.get(tier, 0) + tokens
 
     def retrieve(self, lease: Lease, sink: Any, *, start: int = 0, stop: int | None = None) -> int:
         """Copy leased tokens into the caller's tensors.
@@ -233,6 +251,9 @@ class Store:
     def reserve(self, tokens: object, *, start: int = 0, namespace: Namespace | None = None) -> Reservation:
         """Slots for those chunks of a text that are not in RAM and that nobody else is filling.
 
+        Where RAM keeps nothing (``ram_cache: false``), leading chunks that all slow tiers hold are left out as well, as far as
+        these can tell at once: a remote tier can't.
+
         Never blocks. When there is not room for all, the leading ones are served.
 
         Args:
@@ -254,9 +275,12 @@ class Store:
             pieces.pop()
         keys = chunker.chain(pieces)
         root = chunker.namespace.root
+        first = -(-start // self.layout.chunk_tokens)
+        if not self._ram.keeps:
+            first = max(first, self._finder.behind(root, keys, pieces))
         with self._lock:
             self._open()
-            wanted = self._missing(root, keys, pieces, -(-start // self.layout.chunk_tokens))
+            wanted = self._missing(root, keys, pieces, first)
             slots = self._allocate(len(wanted), keys)
             width = self.layout.chunk_tokens
             chunks = [
@@ -364,16 +388,14 @@ class Store:
 
     def _unpin(self, nodes: Sequence[Node]) -> None:
         with self._lock:
-            for node in nodes:
-                node.pins -= 1
+            self._ram.let_go(nodes)
 
     def _release(self, lease: Lease) -> None:
         with self._lock:
             if self._leases.pop(id(lease), None) is None:
                 return
             lease.held = False
-            for node in lease.nodes:
-                node.pins -= 1
+            self._ram.let_go(lease.nodes)
 
     def _expire_leases(self) -> None:
         now = time.monotonic()
@@ -476,8 +498,3 @@ class Store:
             assert all(self._ram.index.get(node.key) is node for lease in self._leases.values() for node in lease.nodes)
         for tier in self._slow:
             tier._check()
-
-
-def _single(match: Match) -> list[tuple[str, int]]:
-    """Tokens by tier of a match in one run, without listing its chunks."""
-    return [(match.runs[0][0], match.hit_tokens)] if match.runs else []

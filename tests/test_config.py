@@ -114,7 +114,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "write_queue": "9", "io_threads": "4", "breaker_failures": "2", "breaker_seconds": "7", "key_hash": "xxh3",
         "disk_direct": "true", "disk_depth": "8", "disk_floor": "1GiB", "disk_write_budget": "1MiB",
         "disk_ttl_seconds": "60",
-        "ram_ahead": "1MiB", "ram_huge_pages": "off", "ram_numa_node": "1", "ram_pin": "no",
+        "ram_ahead": "1MiB", "ram_huge_pages": "off", "ram_numa_node": "1", "ram_pin": "no", "ram_cache": "false",
     }  # fmt: skip
     for field in dataclasses.fields(StoreConfig):
         config = StoreConfig.load(environ={ENV_PREFIX + field.name.upper(): texts.get(field.name, "text")})

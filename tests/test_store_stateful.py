@@ -50,13 +50,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.corrupt = 0
         self.saves = 0  # since the last restart or clear, which would else leave little to find
 
-    @initialize(policy=st.sampled_from(["lru", "lfu", "fifo", "mru", "s3fifo"]), partial=st.booleans(), disk=st.booleans())
-    def open(self, policy: str, partial: bool, disk: bool) -> None:
+    @initialize(
+        policy=st.sampled_from(["lru", "lfu", "fifo", "mru", "s3fifo"]),
+        partial=st.booleans(),
+        disk=st.booleans(),
+        cache=st.booleans(),
+    )
+    def open(self, policy: str, partial: bool, disk: bool, cache: bool) -> None:
         self.config = lmkv.StoreConfig(
             model="m",
             ram_capacity=6 * 8192,
             ram_extent=8192,
             ram_policy=policy,
+            ram_cache=cache or not disk,
             disk_capacity=512 * 1024 if disk else 0,
             disk_policy=policy,
             disk_path=str(self.folder / "disk"),

@@ -45,6 +45,7 @@ class Translated:
         settings: keys and values for :meth:`lmkv.StoreConfig.from_dict`.
         warnings: one line for each key without effect, and for what was understood only in part.
         names: native key -> the name under which it was written.
+        places: native key -> the file or variable that it was written in.
         from_lmcache: whether a key was there that only LMCache has.
         remote: what was said of remote storage; becomes a tier once all of it is known.
         peers: what was said of other engines, for :func:`lmkv.adapters.lmcache.peers.read_peers`.
@@ -53,6 +54,7 @@ class Translated:
     settings: dict[str, object] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     from_lmcache: bool = False
     remote: Remote = field(default_factory=Remote)
     peers: dict[str, object] = field(default_factory=dict)
@@ -66,12 +68,14 @@ class Translated:
             )
         self.settings[key] = value
         self.names[key] = name
+        self.places[key] = where
 
     def update(self, later: Translated) -> None:
         """Lay ``later``, which wins, over this one."""
         self.settings.update(later.settings)
         self.warnings.extend(line for line in later.warnings if line not in self.warnings)
         self.names.update(later.names)
+        self.places.update(later.places)
         self.from_lmcache |= later.from_lmcache
         self.remote.update(later.remote)
         self.peers.update(later.peers)
@@ -138,8 +142,7 @@ def _number(name: str, value: object, unit: str) -> float:
 
 
 def _local_cpu(out: Translated, name: str, value: object, where: str) -> None:
-    if not _flag(f"{where}: {name}", value):
-        out.warnings.append(f"{where}: {name}: false has no effect: the RAM tier stays, all copies pass through its slots")
+    out.set(name, "ram_cache", _flag(f"{where}: {name}", value), where)
 
 
 def _max_local_cpu_size(out: Translated, name: str, value: object, where: str) -> None:
@@ -284,6 +287,18 @@ def _without_unasked_disk(out: Translated, where: str, also_set: frozenset[str] 
     return out
 
 
+def _without_cache_nowhere(out: Translated, also_set: frozenset[str] = frozenset()) -> Translated:
+    """Take ``local_cpu: false`` for what it means once all is known: chunks are kept behind RAM, if anything is there."""
+    if out.names.get("ram_cache") != "local_cpu":
+        return out
+    behind = out.settings.get("disk_capacity", True) or out.settings.get("tiers") or also_set & {"disk_capacity", "tiers"}
+    if not out.settings["ram_cache"] and not behind:
+        out.warn(f"{out.places['ram_cache']}: local_cpu: false has no effect: there is no tier behind RAM to keep chunks in")
+    if out.settings["ram_cache"] or not behind:
+        del out.settings["ram_cache"], out.names["ram_cache"]
+    return out
+
+
 def translate(mapping: Mapping[str, object], *, where: str = "config") -> Translated:
     """LMCache's keys, native keys or both, as native keys.
 
@@ -297,7 +312,7 @@ def translate(mapping: Mapping[str, object], *, where: str = "config") -> Transl
     """
     out = _without_unasked_disk(_translate_layer(mapping, where), where)
     out.add_remote_tier()
-    return out
+    return _without_cache_nowhere(out)
 
 
 def translate_environment(mapping: Mapping[str, object], environ: Mapping[str, str], *, where: str = "config") -> Translated:
@@ -306,7 +321,7 @@ def translate_environment(mapping: Mapping[str, object], environ: Mapping[str, s
     out.update(_environment_layer(environ))
     _without_unasked_disk(out, where)
     out.add_remote_tier()
-    return out
+    return _without_cache_nowhere(out)
 
 
 def _environment_layer(environ: Mapping[str, str]) -> Translated:
@@ -353,6 +368,7 @@ def load_config(
     merged.update(_translate_layer(overrides or {}, "command line"))
     _without_unasked_disk(merged, "config", shadowed)
     merged.add_remote_tier("tiers" in shadowed)
+    _without_cache_nowhere(merged, shadowed)
     rest = {name: value for name, value in environ.items() if name != CONFIG_FILE_VARIABLE}
     config = StoreConfig.load(environ=rest, overrides=merged.settings)
     given = shadowed | merged.settings.keys()

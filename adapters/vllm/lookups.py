@@ -12,6 +12,9 @@ from .worth import Worth
 
 __all__ = ["Lookups"]
 
+#: How often slow tiers are read for a request where RAM keeps nothing: another one may have let go of what both waited for.
+_MOST_READS = 4
+
 
 class Lookups:
     """Lookups of one engine.
@@ -60,8 +63,8 @@ class Lookups:
         if match.pending or (match.hit_tokens < most and match.keys[match.full] in self.filling):
             return None  # what another request computed is on its way into the slots
         slow = {tier: count for tier, count in match.tokens_by_tier().items() if tier != "ram"}
-        if slow and not state.prefetched:
-            state.prefetched = True
+        if slow and state.prefetches < (1 if store.config.ram_cache else _MOST_READS):
+            state.prefetches += 1
             if self.worth.of(slow):
                 deadlines = {tier.name: tier.deadline_seconds for tier in store.config.slow_tiers("")}
                 now = time.monotonic()

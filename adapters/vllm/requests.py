@@ -61,7 +61,7 @@ class RequestState:
         prefetch, give_up: slow tiers being read, and until when they are waited for.
         reading: tokens that are read, by tier, and since when.
         computing: tokens that are computed before its first answer, and since when.
-        prefetched: they were read once; what is missing still is a miss.
+        prefetches: how often they were read; what is missing still is a miss.
         no_load: a load failed; what is left is computed.
         stored_to: tokens whose chunks were taken care of.
         filling: the chunk that is being stored piece by piece.
@@ -81,7 +81,7 @@ class RequestState:
     give_up: float = 0.0
     reading: tuple[dict[str, int], float] = field(default_factory=lambda: ({}, 0.0))
     computing: tuple[int, float] | None = None
-    prefetched: bool = False
+    prefetches: int = 0
     no_load: bool = False
     stored_to: int = 0
     filling: Filling | None = None

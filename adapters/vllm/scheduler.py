@@ -201,10 +201,13 @@ class SchedulerHalf:
             state.drop_lease()
             return
         lease = state.lease
+        assert self.store is not None
         assert lease is not None, "vLLM loads only what was found for the request"
         state.lease = None
-        start, stop = state.computed, state.computed + external
+        start, stop, width = state.computed, state.computed + external, self.store.layout.chunk_tokens
         state.hit_tokens = lease.hit_tokens
+        if not self.store.config.ram_cache:  # slow tiers have it, and RAM won't know of it any more
+            state.stored_to = max(state.stored_to, lease.hit_tokens // width * width)
         parts = tuple(
             SlotPart(slot.id, slot.start, slot.start + slot.tokens, max(start, slot.start), min(stop, slot.start + slot.tokens))
             for slot in lease.slots

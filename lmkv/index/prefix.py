@@ -29,10 +29,11 @@ class Node:
         tokens: its tokens, little-endian uint32; empty for a place-holder.
         slot: where its KV is.
         pins: how many leases, loads and pending writes need it to stay.
+        origin: the slow tier that it was loaded from, until its first lease; else empty.
         children: ``None``, the only child, or a sorted list of children; held ones only.
     """
 
-    __slots__ = ("children", "key", "parent", "pins", "slot", "tokens")
+    __slots__ = ("children", "key", "origin", "parent", "pins", "slot", "tokens")
 
     def __init__(self, key: ChunkKey) -> None:
         self.key = key
@@ -40,6 +41,7 @@ class Node:
         self.tokens = b""
         self.slot = -1
         self.pins = 0
+        self.origin = ""
         self.children: Any = None
 
     def iter_children(self) -> Iterator[Node]:
@@ -166,6 +168,7 @@ class PrefixIndex:
         node.parent = None
         node.tokens = b""
         node.slot = -1
+        node.origin = ""
         self._held -= 1
         for place in (node, above):
             if place.children is None and place.slot < 0:

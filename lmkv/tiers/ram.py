@@ -101,6 +101,8 @@ class RamTier:
         policy = make_policy(config.ram_policy, slots)
         self.policy: EvictionPolicy = ChainAware(policy, self.index) if config.chain_aware else policy
         self.evictions = 0
+        #: Whether chunks stay here once nobody holds them.
+        self.keeps = config.ram_cache
         self._ahead = min(config.ram_ahead, slots * self.pool.slot_bytes)
         self._preparing = False
         self._nodes: list[Node | None] = []  # by slot
@@ -152,6 +154,13 @@ class RamTier:
             missing -= len(victims)
             ask = min(ask, missing)
         return n - max(0, missing)
+
+    def let_go(self, nodes: Sequence[Node]) -> None:
+        """Take one pin off each chunk. One without pins goes at once where RAM keeps nothing."""
+        for node in nodes:
+            node.pins -= 1
+            if not (node.pins or self.keeps):
+                self.drop(node)
 
     def drop(self, node: Node) -> None:
         """Hold a chunk no longer and free its slot. Its pins must be gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -80,12 +81,40 @@ def test_what_is_understood_only_in_part_is_said() -> None:
             "extra_config": "{use_odirect: True, lookup_backoff_time: 0.001, save_chunk_meta: False}",
         }
     )
-    assert out.settings == {"disk_path": "/a", "key_hash": "sha256", "disk_direct": "true"}
+    assert out.settings == {"disk_path": "/a", "key_hash": "sha256", "disk_direct": "true", "ram_cache": False}
     text = "\n".join(out.warnings)
-    for part in ("local_cpu: false has no effect", "/a is used", "blake3", "lookup_backoff_time"):
+    for part in ("/a is used", "blake3", "lookup_backoff_time"):
         assert part in text
+    assert "local_cpu" not in text
     assert "save_chunk_meta" not in text
     assert "use_odirect" not in text
+
+
+@pytest.mark.parametrize(
+    ("mapping", "environ", "cache"),
+    [
+        ({"local_cpu": False, "local_disk": "/a"}, {}, False),
+        ({"local_cpu": False, "remote_url": "redis://h"}, {}, False),
+        ({"local_cpu": False}, {"LMKV_TIERS": "[{url: redis://h}]"}, False),
+        ({"local_cpu": False}, {"LMKV_DISK_CAPACITY": "1GiB"}, False),
+        ({"local_cpu": False, "local_disk": "/a"}, {"LMCACHE_LOCAL_CPU": "True"}, True),
+        ({"local_cpu": True, "local_disk": "/a"}, {"LMCACHE_LOCAL_CPU": "False"}, False),
+        ({"local_cpu": False, "local_disk": "/a"}, {"LMKV_RAM_CACHE": "true"}, True),
+        ({"local_cpu": True, "local_disk": "/a"}, {}, True),
+    ],
+)
+def test_without_a_cache_in_ram(tmp_path: Path, mapping: dict[str, object], environ: dict[str, str], cache: bool) -> None:
+    path = tmp_path / "lmc.yaml"
+    path.write_text(json.dumps(mapping))
+    loaded = load_config(path, environ=environ)
+    assert loaded.config.ram_cache is cache
+    assert not any("local_cpu" in line for line in loaded.warnings)
+
+
+def test_chunks_have_to_be_kept_somewhere() -> None:
+    out = translate({"local_cpu": False, "max_local_cpu_size": 2}, where="lmc.yaml")
+    assert out.settings == {"ram_capacity": 2 << 30, "disk_capacity": 0}
+    assert out.warnings == ["lmc.yaml: local_cpu: false has no effect: there is no tier behind RAM to keep chunks in"]
 
 
 def test_a_disk_size_without_a_directory_keeps_nothing_on_disk() -> None:
@@ -164,8 +193,8 @@ def test_disk_follows_whoever_asks_for_it(yaml_file: Path) -> None:
     environ = {"LMCACHE_LOCAL_DISK": "file:///data/kv/", "LMCACHE_MAX_LOCAL_DISK_SIZE": "50", "LMCACHE_LOCAL_CPU": "False"}
     loaded = load_config(environ=environ)
     assert (loaded.config.disk_path, loaded.config.disk_capacity) == ("/data/kv/", 50 * GIB)
-    assert len(loaded.warnings) == 1
-    assert "LMCACHE_LOCAL_CPU" in loaded.warnings[0]
+    assert loaded.config.ram_cache is False
+    assert loaded.warnings == ()
 
 
 def test_variables_that_steer_other_programs_are_passed_over() -> None:

@@ -66,9 +66,6 @@ WARNINGS = {
         """local_cpu enable_pd transfer_channel pd_role pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_buffer_size
         pd_buffer_device"""
     ),
-    "mooncake": ["local_cpu: false"],
-    "mooncake-decoder": ["local_cpu: false"],
-    "mooncake-prefiller": ["local_cpu: false"],
     "infinistore": ["local_cpu: false", "infinistore:// has no effect: LMKV has no InfiniStore client; use"],
     "nixl-obj": ["OBJ is served by s3://"],
 }
@@ -90,6 +87,7 @@ def test_tiers_sizes_and_encodings(name: str) -> None:
     assert config.chunk_size == chunk_size
     assert config.ram_capacity == (int(ram * GIB) or DEFAULT_RAM)
     assert config.disk_capacity == 0  # none of them asks for a disk
+    assert config.ram_cache is not name.startswith("mooncake")  # the others say nothing, or name no tier that could be had
     assert [(found.backend, found.url, found.codec) for found in config.tiers] == ([tier] if tier else [])
 
 
@@ -179,8 +177,8 @@ def test_an_environment_of_a_disk_with_values_that_a_shell_took_the_quotes_from(
     config = loaded.config
     assert (config.chunk_size, config.disk_path, config.disk_capacity) == (256, "/data/models/lmcache/", 50 * GIB)
     assert config.disk_direct == "true"
-    (line,) = loaded.warnings
-    assert "LMCACHE_LOCAL_CPU: local_cpu: false has no effect" in line
+    assert config.ram_cache is False
+    assert loaded.warnings == ()
 
 
 @pytest.mark.parametrize(("name", "host"), [("env-redis", "x.x.x.x"), ("env-redis-offload", "your-redis-host")])

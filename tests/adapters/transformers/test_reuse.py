@@ -136,6 +136,19 @@ def test_what_a_call_did(opened: Opened) -> None:
     assert reuse.last_use == prefill.rows
 
 
+def test_where_ram_keeps_nothing_hits_come_from_the_disk(opened: Opened) -> None:
+    model = make_model("llama")
+    texts = torch.cat([make_text(70), torch.cat([make_text(70)[:, :50], make_text(20, seed=3)], dim=1)])
+    reuse = opened(model, ram_cache=False)
+    reuse.prefill(texts)
+    assert reuse.store.flush()
+    for _ in range(2):
+        out = reuse.generate(texts, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(out, plain(model, texts))
+        assert [(use.hit_tokens, use.new_tokens, dict(use.tiers)) for use in reuse.last_use] == [(69, 0, {"disk": 69})] * 2
+        assert reuse.store.stats().tiers[0].chunks == 0
+
+
 # Batches
 
 
