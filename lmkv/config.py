@@ -146,6 +146,8 @@ class TierConfig:
         deadline_seconds: how long one operation may take before it counts as a miss.
         write_budget: bytes a second that may be written in the long run; what waits meanwhile stays in RAM, and is given up
             when RAM needs the room. 0 for no limit.
+        admission: ``all``, or ``second`` to write only what was stored or used before, so that prompts that never come again
+            do not reach the device.
         options: handed to the backend, which refuses what it does not know.
     """
 
@@ -158,6 +160,7 @@ class TierConfig:
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
     url: str = field(default="", repr=False)
     write_budget: int = field(default=0, metadata=_BYTES)
+    admission: str = "all"
 
     def __post_init__(self) -> None:
         scheme, there, _ = self.url.partition("://")
@@ -170,6 +173,7 @@ class TierConfig:
         object.__setattr__(self, "name", self.name or self.backend)
         for size in ("capacity", "write_budget"):
             object.__setattr__(self, size, _convert("tiers: ", size, int, _BYTES, getattr(self, size)))
+        _one_of("tiers: admission", self.admission, ("all", "second"))
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"tiers: options: expected keys and values; got {self.options!r}")
         if not self.deadline_seconds > 0:
@@ -209,7 +213,7 @@ class StoreConfig:
         disk_direct: read and write past the page cache: ``auto`` (where the file system can), ``true`` or ``false``.
         disk_depth: reads and writes in flight at once.
         disk_floor: bytes of the file system that are left free, whatever the quota still allows.
-        disk_write_budget: as for ``tiers``.
+        disk_write_budget, disk_admission: as for ``tiers``.
         disk_ttl_seconds: records older than so many seconds are not there any more; 0 keeps them.
 
     Conduct:
@@ -248,6 +252,7 @@ class StoreConfig:
     disk_depth: int = 4
     disk_floor: int = field(default=0, metadata=_BYTES)
     disk_write_budget: int = field(default=0, metadata=_BYTES)
+    disk_admission: str = "all"
     disk_ttl_seconds: float = 0.0
     tiers: tuple[TierConfig, ...] = ()
     lease_seconds: float = 60.0
@@ -274,6 +279,7 @@ class StoreConfig:
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
         object.__setattr__(self, "disk_direct", str(self.disk_direct).lower())
+        _one_of("disk_admission", self.disk_admission, ("all", "second"))
         _one_of("disk_direct", self.disk_direct, ("auto", "true", "false"))
         _at_least("disk_depth", self.disk_depth, 1)
         _at_least("ram_capacity", self.ram_capacity, 1)
@@ -310,6 +316,7 @@ class StoreConfig:
             codec=self.disk_codec,
             deadline_seconds=self.deadline_seconds,
             write_budget=self.disk_write_budget,
+            admission=self.disk_admission,
             options={
                 "path": self.disk_path or str(cache_home() / "lmkv" / folder),
                 "direct": {"auto": "auto", "true": True, "false": False}[self.disk_direct],

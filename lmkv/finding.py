@@ -10,6 +10,7 @@ import numpy as np
 
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace
 from .handles import ContentHit, Match, Tail
+from .index import Node
 from .index.content import root_seed, window_fingerprints
 from .loading import Probes
 from .tiers import RamTier, SlowTier
@@ -99,6 +100,20 @@ class Finder:
                 held += child is not None and child[2] * TOKEN_BYTES == len(pieces[held])
             known = held
         return known
+
+    def held(self, match: Match) -> tuple[list[Node], int]:
+        """The match's chunks that are in slots, and how many tokens of the prompt they serve; at most what was promised.
+        Under the lock."""
+        full, width = match.full, self._width
+        nodes = self._ram.index.walk(match.keys[:full], match.pieces[:full])
+        hit = min(len(nodes) * width, match.total_tokens)
+        if len(nodes) < len(match.pieces) and hit < match.hit_tokens:
+            parent = match.keys[len(nodes) - 1] if nodes else match.namespace.root
+            found = self._ram.index.best_child(parent, match.pieces[len(nodes)])
+            if found is not None:
+                nodes.append(found[0])
+                hit = min(hit + found[1], match.hit_tokens)
+        return nodes, hit
 
     # -- looking up anywhere ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from .chunks import TOKEN_BYTES, ChunkKey
 from .errors import StoreClosedError
 from .events import Emitter
 from .handles import Match
+from .index import Node
 from .tiers import NewChunk, RamTier, SlowTier
 
 __all__ = ["Loader", "Probes"]
@@ -62,7 +63,7 @@ class Loader:
     Args:
         lock: the store's.
         allocate: up to n slots, sparing the given keys; called under the lock.
-        resident: how many leading tokens of a match are in slots; called under the lock.
+        held: which chunks of a match are in slots, and how many of its tokens they serve; called under the lock.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class Loader:
         ram: RamTier,
         tiers: Sequence[SlowTier],
         allocate: Callable[[int, Sequence[ChunkKey]], list[int]],
-        resident: Callable[[Match], int],
+        held: Callable[[Match], tuple[list[Node], int]],
         emit: Emitter,
     ) -> None:
         self._lock = lock
         self._ram = ram
         self._tiers = {tier.name: tier for tier in tiers}
         self._allocate = allocate
-        self._resident = resident
+        self._held = held
         self._emit = emit
         self._under_way: dict[ChunkKey, Future[None]] = {}
 
@@ -120,7 +121,7 @@ class Loader:
 
     def _count(self, match: Match) -> int:
         with self._lock:
-            return self._resident(match)
+            return self._held(match)[1]
 
     def _wanted(self, match: Match) -> list[tuple[str, NewChunk]]:
         """The match's chunks that are not in RAM, with the tier that has them; no slots yet."""

@@ -86,7 +86,7 @@ class Store:
         self._hits_by_tier: dict[str, int] = {}
         self._finder = Finder(self._lock, self._ram, self._slow)
         _open_stores.add(self)
-        self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, lambda match: self._held(match)[1], self._emit)
+        self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, self._finder.held, self._emit)
         if any(tier.holds_something() for tier in self._slow):
             with self._lock:
                 self._ram.prepare()
@@ -166,35 +166,32 @@ class Store:
             self._counts["lookup_tokens"] += match.total_tokens
             self._counts["hit_tokens"] += hit
             self._count_tiers(nodes, hit)
+            self._offer_again(nodes, match.namespace.root)
         if nodes and self._slow:
             keys = [node.key for node in nodes]
             for tier in self._slow:
                 tier.touch(keys)
         return lease
 
+    def _offer_again(self, nodes: Sequence[Node], root: ChunkKey) -> None:
+        """Have tiers write what they held back until its second use; under the lock."""
+        for tier in self._slow:
+            wanted = tier.held_back(nodes)
+            for node in wanted:
+                node.pins += 1
+            if wanted:
+                tier.offer_again([Write(node, self._ram.chunk_in(node, root)) for node in wanted])
+
     def _pinned(self, match: Match) -> tuple[list[Node], int]:
-        """As :meth:`_held`, once what slow tiers hold of the match was loaded; the nodes are pinned."""
+        """As :meth:`Finder.held`, once what slow tiers hold of the match was loaded; the nodes are pinned."""
         if any(tier != self._ram.name for tier, _ in match.runs) or (match.tail and match.tail.tier != self._ram.name):
             self._loader.load_and_wait(match)
         with self._lock:
             self._open()
-            nodes, hit = self._held(match)
+            nodes, hit = self._finder.held(match)
             for node in nodes:
                 node.pins += 1
             return nodes, hit
-
-    def _held(self, match: Match) -> tuple[list[Node], int]:
-        """The match's chunks that are in slots, and how many tokens of the prompt they serve; at most what was promised."""
-        full, width = match.full, self.layout.chunk_tokens
-        nodes = self._ram.index.walk(match.keys[:full], match.pieces[:full])
-        hit = min(len(nodes) * width, match.total_tokens)
-        if len(nodes) < len(match.pieces) and hit < match.hit_tokens:
-            parent = match.keys[len(nodes) - 1] if nodes else match.namespace.root
-            found = self._ram.index.best_child(parent, match.pieces[len(nodes)])
-            if found is not None:
-                nodes.append(found[0])
-                hit = min(hit + found[1], match.hit_tokens)
-        return nodes, hit
 
     def _count_tiers(self, nodes: Sequence[Node], hit: int) -> None:
         """Count the tokens of a lease for the tiers that its chunks were loaded from, if this is the first lease of them."""

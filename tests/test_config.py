@@ -115,6 +115,7 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "disk_direct": "true", "disk_depth": "8", "disk_floor": "1GiB", "disk_write_budget": "1MiB",
         "disk_ttl_seconds": "60",
         "ram_ahead": "1MiB", "ram_huge_pages": "off", "ram_numa_node": "1", "ram_pin": "no", "ram_cache": "false",
+        "disk_admission": "second",
     }  # fmt: skip
     for field in dataclasses.fields(StoreConfig):
         config = StoreConfig.load(environ={ENV_PREFIX + field.name.upper(): texts.get(field.name, "text")})

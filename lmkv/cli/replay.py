@@ -8,6 +8,9 @@ with its block), as in the traces that Mooncake publishes. Requests run one at a
    evicts the newest first);
 3. room is made for all missing blocks, never by evicting a block of this request;
 4. every missing block is admitted, in the order of touching. Of a request longer than the cache only the first blocks are.
+
+With ``--admission second`` only those missing blocks are admitted that an earlier request had, and the missing ones before
+them; the cache remembers as many others as a tier of its size would.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from decimal import Decimal, InvalidOperation
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ..chunks import ChunkKey
 from ..errors import ConfigError
 from ..eviction import make_policy, policy_names
 from ..eviction.base import EvictionPolicy
 from ..eviction.chain import ChainAware, ChainTable
+from ..tiers.admission import ADMISSIONS, SeenOnce, seen_size
 
 __all__ = ["Trace", "belady_hits", "main", "read_trace", "replay_hits"]
 
@@ -59,6 +63,13 @@ class Trace:
     def unique(self) -> int:
         """Different blocks; each misses once even in an infinite cache."""
         return len(self.parents)
+
+
+class Replayed(NamedTuple):
+    """Blocks that a cache found, and that it took."""
+
+    hits: int
+    admitted: int
 
 
 def _block_ids(line: str, where: str) -> list[int]:
@@ -119,19 +130,22 @@ def read_trace(path: str | Path, limit: int | None = None) -> Trace:
     return Trace(requests, parents)
 
 
-def replay_hits(trace: Trace, policy: EvictionPolicy, capacity: int, links: ChainTable) -> int:
-    """How many blocks of a trace a cache finds, by the rule at the head of this module.
+def replay_hits(
+    trace: Trace, policy: EvictionPolicy, capacity: int, links: ChainTable, seen: SeenOnce | None = None
+) -> Replayed:
+    """How many blocks of a trace a cache finds and takes, by the rule at the head of this module.
 
     Args:
         trace: the requests.
         policy: an empty policy of that capacity.
         capacity: blocks the cache holds.
         links: an empty table; it is kept up to date with what is held.
+        seen: an empty memory of what was seen once; ``None`` admits everything.
 
     Raises:
         ConfigError: the policy finds no victims although there are enough, which breaks its contract.
     """
-    hits = 0
+    hits = admitted = 0
     for request in trace.requests:
         missing: list[ChunkKey] = []
         for key in request:
@@ -140,6 +154,8 @@ def replay_hits(trace: Trace, policy: EvictionPolicy, capacity: int, links: Chai
             elif not missing:
                 hits += 1
         held = len(request) - len(missing)
+        if seen is not None:
+            del missing[seen.admit(missing) :]
         for key in request if policy.newest_first else reversed(request):
             if key in policy:
                 policy.touch(key)
@@ -155,7 +171,8 @@ def replay_hits(trace: Trace, policy: EvictionPolicy, capacity: int, links: Chai
         for key in missing if policy.newest_first else reversed(missing):
             policy.insert(key)
             links.add(key, trace.parents[key])
-    return hits
+        admitted += len(missing)
+    return Replayed(hits, admitted)
 
 
 def _next_uses(trace: Trace) -> list[list[int]]:
@@ -223,11 +240,12 @@ def _capacity_blocks(text: str, unique: int) -> int:
     return blocks
 
 
-def _hits(trace: Trace, name: str, capacity: int, plain: bool) -> int:
+def _replayed(trace: Trace, name: str, capacity: int, plain: bool, admission: str) -> Replayed:
     if name.lower() == BELADY:
-        return belady_hits(trace, capacity)
+        return Replayed(belady_hits(trace, capacity), -1)
     policy, links = make_policy(name, capacity), ChainTable()
-    return replay_hits(trace, policy if plain else ChainAware(policy, links), capacity, links)
+    seen = SeenOnce(seen_size(capacity)) if admission == "second" else None
+    return replay_hits(trace, policy if plain else ChainAware(policy, links), capacity, links, seen)
 
 
 def _plot(path: Path, title: str, capacities: Sequence[int], ratios: dict[str, list[float]], infinite: float) -> None:
@@ -260,7 +278,8 @@ def _parser() -> argparse.ArgumentParser:
         "request's blocks. Each request finds the longest leading run of its blocks that are all in the cache.",
         epilog="With --json each line has policy, capacity (as given), capacity_blocks, hit_ratio (blocks found / blocks, a "
         "fraction from 0 to 1; the table shows percent), hits, blocks, plain (true without protection of parents; always for "
-        "belady), and infinite_hit_ratio (of a cache that never evicts). Exit status: 0 done, 1 a package for the plot is "
+        "belady), admission and admitted (blocks taken; not of belady), and "
+        "infinite_hit_ratio (of a cache that never evicts). Exit status: 0 done, 1 a package for the plot is "
         "missing, 2 wrong arguments or trace.",
     )
     parser.add_argument("trace", metavar="TRACE", help="a file of JSON lines")
@@ -275,6 +294,12 @@ def _parser() -> argparse.ArgumentParser:
         default="1%,5%,10%,25%",
         help="shares of the trace's unique blocks, rounded down, or numbers of blocks, separated by commas "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--admission",
+        choices=ADMISSIONS,
+        default="all",
+        help="second: only blocks that an earlier request had are admitted (not for belady; default: %(default)s)",
     )
     parser.add_argument("--plain", action="store_true", help="the policies alone: a block may go before those that extend it")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table, and no plot")
@@ -330,7 +355,7 @@ def _run(args: argparse.Namespace, plot: Path | None) -> None:
     trace = read_trace(args.trace, args.limit)
     capacities = [_capacity_blocks(share, trace.unique) for share in shares]
     infinite = (trace.blocks - trace.unique) / trace.blocks
-    kind = "plain" if args.plain else "chain-aware"
+    kind = ("plain" if args.plain else "chain-aware") + (", admitted at second use" if args.admission == "second" else "")
     table = _Table([*policies, "infinite"], shares)
     if not args.json:
         print(f"{len(trace.requests):,} requests, {trace.blocks:,} blocks, {trace.unique:,} unique; percent found, {kind}")
@@ -340,11 +365,13 @@ def _run(args: argparse.Namespace, plot: Path | None) -> None:
     for name in policies:
         ratios[name] = []
         for share, blocks in zip(shares, capacities, strict=True):
-            hits = _hits(trace, name, blocks, args.plain)
+            hits, admitted = _replayed(trace, name, blocks, args.plain, args.admission)
             ratios[name].append(hits / trace.blocks)
             if args.json:
                 result = {"policy": name, "capacity": share, "capacity_blocks": blocks, "hit_ratio": hits / trace.blocks}
                 result |= {"hits": hits, "blocks": trace.blocks, "plain": args.plain or name.lower() == BELADY}
+                if name.lower() != BELADY:
+                    result |= {"admission": args.admission, "admitted": admitted}
                 print(json.dumps(result | {"infinite_hit_ratio": infinite}), flush=True)
         if not args.json:
             table.percent(name, ratios[name])

@@ -210,6 +210,11 @@ class RamTier:
         """The chunk in a slot."""
         return self._nodes[slot] if slot < len(self._nodes) else None
 
+    def chunk_in(self, node: Node, root: ChunkKey) -> NewChunk:
+        """A held chunk of the namespace of that root, as it came in."""
+        assert node.parent is not None
+        return NewChunk(node.key, node.parent.key, root, node.tokens, self._starts[node.slot], node.slot)
+
     def start_of(self, slot: int) -> int:
         """Where the chunk in a slot begins in its text."""
         return self._starts[slot]

@@ -22,6 +22,7 @@ from ..eviction import make_policy
 from ..index import Node
 from ..layout import KVLayout
 from ..record import payload_offset, seal, verify
+from .admission import SeenOnce, seen_size
 from .breaker import Breaker
 from .mirror import Mirror
 from .probing import count_leading
@@ -109,6 +110,9 @@ class SlowTier:
             self.name, config.breaker_failures, config.breaker_seconds, emit, first_seconds=config.breaker_seconds / 32
         )
         self._threads = config.io_threads
+        self._held_back = 0
+        chunks = (self._bounded.capacity if self._bounded else settings.capacity) // (self._offset + layout.chunk_bytes)
+        self._seen = SeenOnce(seen_size(chunks)) if settings.admission == "second" else None
         self._readers = Readers(f"lmkv-{self.name}-read", config.io_threads)
         self._touches: list[list[ChunkKey]] = []
         batch = max(_WRITE_BATCH[0], min(_WRITE_BATCH[1], _WRITE_BYTES // layout.chunk_bytes))
@@ -252,7 +256,24 @@ class SlowTier:
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     def offer(self, writes: Sequence[Write]) -> None:
-        """Queue committed chunks; never waits."""
+        """Queue a text's chunks that were just committed, as far as they are admitted; never waits. Under the store's lock."""
+        if self._seen is not None:
+            count = self._seen.admit([write.node.key for write in writes if write.node is not None])
+            self._release([write.node for write in writes[count:] if write.node is not None])
+            self._held_back += len(writes) - count
+            writes = writes[:count]
+        if writes:
+            self.writer.put(writes)
+
+    def held_back(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        """Those of a text's chunks, in use again, that were not written because they had been seen once only."""
+        return () if self._seen is None else [node for node in nodes if node.key in self._seen]
+
+    def offer_again(self, writes: Sequence[Write]) -> None:
+        """Queue chunks that :meth:`held_back` named. Under the store's lock."""
+        for write in writes:
+            if self._seen is not None and write.node is not None:
+                self._seen.discard(write.node.key)
         self.writer.put(writes)
 
     def touch(self, keys: list[ChunkKey]) -> None:
@@ -456,9 +477,12 @@ class SlowTier:
             written_seconds=self._moved["write"][1],
             failures=self._failures,
             dropped_writes=self._dropped,
+            held_back=self._held_back,
         )
 
     def _check(self) -> None:
+        if self._seen is not None:
+            self._seen._check()
         if self._mirror is not None:
             with self._mirror_lock:
                 self._mirror.sync()

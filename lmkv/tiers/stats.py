@@ -22,6 +22,7 @@ class TierStats:
         read_seconds, written_seconds: that its backend took for them, on all threads together.
         failures: calls that failed or came too late.
         dropped_writes: chunks that were not written: the queue was full, their slots were needed, or the tier failed.
+        held_back: chunks that were not written since they had been seen once only (``admission: second``).
         waiting_writes: chunks on their way to it.
         enabled: not switched off by its breaker.
     """
@@ -42,3 +43,4 @@ class TierStats:
     written_seconds: float = 0.0
     failures: int = 0
     dropped_writes: int = 0
+    held_back: int = 0

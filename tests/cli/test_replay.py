@@ -123,7 +123,7 @@ class Slow:
 
 def hits(path: Path, name: str, capacity: int, plain: bool = True) -> int:
     policy, links = make_policy(name, capacity), ChainTable()
-    found = replay_hits(read_trace(path), policy if plain else ChainAware(policy, links), capacity, links)
+    found = replay_hits(read_trace(path), policy if plain else ChainAware(policy, links), capacity, links).hits
     policy._check()
     links._check()
     assert set(links._parents) == set(policy)
@@ -234,6 +234,30 @@ def test_chain_aware_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main([str(path), "--policy", "fifo", "--capacity", "3", "--json", *option]) == 0
         row = json.loads(capsys.readouterr().out)
         assert (row["hits"], row["plain"]) == (found, bool(option))
+
+
+def test_admission_at_second_use_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "t.jsonl", [[1, 2], [8], [1, 2], [9], [1, 2], [1, 2, 3], [7], [1, 2, 3]])
+    for option, counts in (("all", (5, 8)), ("second", (6, 2))):
+        assert main([str(path), "--policy", "lru", "--capacity", "2", "--json", "--admission", option]) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert (row["admission"], row["hits"], row["admitted"]) == (option, *counts)
+
+
+def test_admission_at_second_use_keeps_one_off_texts_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "t.jsonl", chats(seed=11, requests=600))
+    rows = {}
+    for option in ("all", "second"):
+        assert main([str(path), "--policy", "lru", "--capacity", "40,100%", "--json", "--admission", option]) == 0
+        rows[option] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for everything, second in zip(rows["all"], rows["second"], strict=True):
+        assert 0 < second["admitted"] < everything["admitted"] / 2
+        assert second["hits"] > everything["hits"] / 3
+    trace = read_trace(path)
+    uses = Counter(block for request in trace.requests for block in request)
+    assert rows["all"][1]["admitted"] == trace.unique
+    assert rows["second"][1]["admitted"] == sum(count > 1 for count in uses.values()), "room for all, and memory of all"
+    assert rows["second"][1]["hits"] == rows["all"][1]["hits"] - rows["second"][1]["admitted"], "each misses once more"
 
 
 def test_table_and_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
