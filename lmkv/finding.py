@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,19 @@ class Finder:
                 nodes.append(found[0])
                 hit = min(hit + found[1], match.hit_tokens)
         return nodes, hit
+
+    def missing(
+        self, root: ChunkKey, keys: Sequence[ChunkKey], pieces: Sequence[bytes], first: int, reserving: Container[ChunkKey]
+    ) -> list[int]:
+        """Numbers of the chunks from ``first`` on that are neither in RAM nor being filled. Under the lock."""
+        index = self._ram.index
+        wanted = [i for i in range(first, len(keys)) if index.get(keys[i]) is None and keys[i] not in reserving]
+        last = len(keys) - 1
+        if wanted and wanted[-1] == last and len(pieces[last]) < self._width * TOKEN_BYTES:
+            found = index.best_child(keys[last - 1] if last else root, pieces[last])
+            if found is not None and found[1] * TOKEN_BYTES == len(pieces[last]):
+                wanted.pop()  # a longer chunk begins with these very tokens
+        return wanted
 
     # -- looking up anywhere ---------------------------------------------------------------------------------------------
 

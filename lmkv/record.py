@@ -19,8 +19,8 @@ __all__ = ["RecordHeader", "payload_offset", "read_header", "seal", "verify"]
 
 MAGIC = b"LMKVREC\0"
 VERSION = 1
-#: magic, version, flags, payload offset, key, parent, root, layout, start, tokens, codec, padding, payload bytes, checksums
-_HEADER = struct.Struct("<8sHHI16s16s16s16sII12s4xQQQ")
+#: magic, version, priority, payload offset, key, parent, root, layout, start, tokens, codec, padding, payload bytes, checksums
+_HEADER = struct.Struct("<8sHBxI16s16s16s16sII12s4xQQQ")
 _SUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size
 _HEADER_SUM_AT = HEADER_BYTES - _SUM.size
@@ -40,6 +40,7 @@ class RecordHeader:
         codec: how the payload is encoded; ``raw`` is not.
         payload_offset, payload_bytes: where the (encoded) payload lies in the record.
         checksum: xxh3-64 of the (encoded) payload.
+        priority: from 0 (the usual one) to 255; lower ones are evicted first.
     """
 
     key: ChunkKey
@@ -52,6 +53,7 @@ class RecordHeader:
     payload_offset: int
     payload_bytes: int
     checksum: int
+    priority: int = 0
 
 
 def payload_offset(chunk_tokens: int) -> int:
@@ -71,6 +73,7 @@ def seal(
     offset: int,
     payload_bytes: int,
     codec: str = "raw",
+    priority: int = 0,
 ) -> None:
     """Write header and tokens in front of a payload that already stands at ``offset`` in ``record``.
 
@@ -89,7 +92,7 @@ def seal(
     count = len(tokens) // TOKEN_BYTES
     head = bytearray(offset)  # copied in one go: another tier may be writing this very record
     _HEADER.pack_into(
-        head, 0, MAGIC, VERSION, 0, offset, key, parent, root, layout, start, count, name, payload_bytes, checksum, 0
+        head, 0, MAGIC, VERSION, priority, offset, key, parent, root, layout, start, count, name, payload_bytes, checksum, 0
     )
     head[HEADER_BYTES : HEADER_BYTES + len(tokens)] = tokens
     _SUM.pack_into(head, _HEADER_SUM_AT, _header_sum(memoryview(head), len(tokens)))
@@ -112,7 +115,8 @@ def read_header(record: memoryview | bytes) -> RecordHeader:
     record = memoryview(record)
     if len(record) < HEADER_BYTES:
         raise CorruptRecordError(f"expected a record of at least {HEADER_BYTES} bytes; got {len(record)}")
-    magic, version, _, offset, key, parent, root, layout, start, count, codec, size, checksum, own = _HEADER.unpack_from(record)
+    fields = _HEADER.unpack_from(record)
+    magic, version, priority, offset, key, parent, root, layout, start, count, codec, size, checksum, own = fields
     if magic != MAGIC:
         raise CorruptRecordError(f"expected a record to begin with {MAGIC!r}; got {magic!r}")
     if version != VERSION:
@@ -124,7 +128,8 @@ def read_header(record: memoryview | bytes) -> RecordHeader:
         raise CorruptRecordError("expected a header that matches its checksum; it does not: the record was damaged")
     tokens = bytes(record[HEADER_BYTES : HEADER_BYTES + length])
     name = codec.rstrip(b"\0").decode("ascii", "replace")
-    return RecordHeader(ChunkKey(key), ChunkKey(parent), ChunkKey(root), layout, start, tokens, name, offset, size, checksum)
+    chain = ChunkKey(key), ChunkKey(parent), ChunkKey(root)
+    return RecordHeader(*chain, layout, start, tokens, name, offset, size, checksum, priority)
 
 
 def verify(record: memoryview, *, key: ChunkKey, parent: ChunkKey, root: ChunkKey, layout: bytes, start: int) -> RecordHeader:

@@ -19,6 +19,7 @@ from .chunks import TOKEN_BYTES, ChunkKey, Namespace, TokenChunker, token_bytes
 from .config import StoreConfig, TierConfig
 from .errors import ArgumentError, ConfigError, StoreClosedError
 from .events import Emitter, EventSink
+from .eviction.priority import PRIORITIES
 from .finding import Finder
 from .handles import Lease, Match, Reservation, Slot, Stats
 from .index import Node
@@ -245,7 +246,7 @@ class Store:
 
     # -- storing ---------------------------------------------------------------------------------------------------------
 
-    def reserve(self, tokens: object, *, start: int = 0, namespace: Namespace | None = None) -> Reservation:
+    def reserve(self, tokens: object, *, start: int = 0, namespace: Namespace | None = None, priority: int = 0) -> Reservation:
         """Slots for those chunks of a text that are not in RAM and that nobody else is filling.
 
         Where RAM keeps nothing (``ram_cache: false``), leading chunks that all slow tiers hold are left out as well, as far as
@@ -257,12 +258,15 @@ class Store:
             tokens: the whole text from its beginning, since keys name what comes before.
             start: the first token whose KV the caller has; chunks that begin before it are left out.
             namespace: as for :meth:`lookup`.
+            priority: from 0 to 255; every tier evicts lower ones first. A chunk keeps the one that it was first stored with.
 
         Raises:
-            ArgumentError: wrong tokens or ``start``.
+            ArgumentError: wrong tokens, ``start`` or ``priority``.
             StoreClosedError: the store was closed.
         """
         self._open()
+        if not isinstance(priority, int) or priority not in PRIORITIES:
+            raise ArgumentError(f"expected a priority from 0 to {PRIORITIES[-1]}; got {priority!r}")
         chunker = self._chunker(namespace)
         data = token_bytes(tokens)
         if not isinstance(start, int) or not 0 <= start <= len(data) // TOKEN_BYTES:
@@ -277,27 +281,16 @@ class Store:
             first = max(first, self._finder.behind(root, keys, pieces))
         with self._lock:
             self._open()
-            wanted = self._missing(root, keys, pieces, first)
+            wanted = self._finder.missing(root, keys, pieces, first, self._reserving)
             slots = self._allocate(len(wanted), keys)
             width = self.layout.chunk_tokens
             chunks = [
-                NewChunk(keys[i], keys[i - 1] if i else root, root, pieces[i], i * width, slot)
+                NewChunk(keys[i], keys[i - 1] if i else root, root, pieces[i], i * width, slot, priority)
                 for i, slot in zip(wanted, slots, strict=False)
             ]
             self._reserving.update([chunk.key for chunk in chunks])
             self._reservations += 1
         return Reservation(chunks, self._ram.payload, self._commit, self._abort, self._lost)
-
-    def _missing(self, root: ChunkKey, keys: Sequence[ChunkKey], pieces: Sequence[bytes], first: int) -> list[int]:
-        """Numbers of the chunks that have to be filled."""
-        index, reserving = self._ram.index, self._reserving
-        wanted = [i for i in range(first, len(keys)) if index.get(keys[i]) is None and keys[i] not in reserving]
-        last = len(keys) - 1
-        if wanted and wanted[-1] == last and len(pieces[last]) < self.layout.chunk_tokens * TOKEN_BYTES:
-            found = index.best_child(keys[last - 1] if last else root, pieces[last])
-            if found is not None and found[1] * TOKEN_BYTES == len(pieces[last]):
-                wanted.pop()  # a longer chunk begins with these very tokens
-        return wanted
 
     def _allocate(self, n: int, protected: Sequence[ChunkKey]) -> list[int]:
         """Up to ``n`` slots, making room; under the lock."""
@@ -352,13 +345,15 @@ class Store:
         self._abort(reservation)
         self._emit("reservation_lost", chunks=len(reservation.chunks))
 
-    def store(self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None) -> int:
+    def store(
+        self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None, priority: int = 0
+    ) -> int:
         """Keep a text's KV: reserve, copy out of the caller's tensors, commit.
 
         Args:
             tokens: the whole text from its beginning.
             source: a :class:`lmkv.transfer.KVAccess`, or what :class:`DenseKV` takes, with the KV from ``start`` on.
-            start, namespace: as for :meth:`reserve`.
+            start, namespace, priority: as for :meth:`reserve`.
 
         Returns:
             Tokens newly stored; chunks that are there already are skipped.
@@ -369,7 +364,7 @@ class Store:
             StoreClosedError: the store was closed.
         """
         access = as_access(source)
-        with self.reserve(tokens, start=start, namespace=namespace) as reservation:
+        with self.reserve(tokens, start=start, namespace=namespace, priority=priority) as reservation:
             if not reservation.chunks:
                 return 0
             parts = [

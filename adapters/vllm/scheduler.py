@@ -162,7 +162,7 @@ class SchedulerHalf:
         if why:
             self._bypass(state, why)
         for key in wishes.unknown:
-            logger.warning("LMKV: request %s: unknown key %r in kv_transfer_params", state.id, key)
+            logger.warning("LMKV: request %s: unknown key or value: %r in kv_transfer_params", state.id, key)
         return state
 
     def _bypass(self, state: RequestState, why: str) -> None:

@@ -81,7 +81,7 @@ def store_orders(
 
 def _whole(store: Store, state: RequestState, start: int, target: int, make_order: _MakeOrder) -> Ordered:
     """All chunks between two positions, whose KV is there."""
-    reservation = store.reserve(state.tokens(target), start=start, namespace=state.namespace)
+    reservation = store.reserve(state.tokens(target), start=start, namespace=state.namespace, priority=state.wishes.priority)
     parts = []
     for chunk in reservation.chunks:
         stop = chunk.start + len(chunk.piece) // TOKEN_BYTES
@@ -91,7 +91,7 @@ def _whole(store: Store, state: RequestState, start: int, target: int, make_orde
 
 def _begun(store: Store, state: RequestState, start: int, known: int, stop: int, make_order: _MakeOrder) -> Ordered:
     """The first piece of a chunk that later steps complete."""
-    reservation = store.reserve(state.tokens(stop), start=start, namespace=state.namespace)
+    reservation = store.reserve(state.tokens(stop), start=start, namespace=state.namespace, priority=state.wishes.priority)
     if not reservation.chunks:
         reservation.abort()
         return []

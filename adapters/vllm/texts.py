@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...chunks import Namespace
+from ...eviction.priority import PRIORITIES
 
 __all__ = ["AdapterVersions", "Wishes", "must_compute", "namespace_of", "refusal", "text_of", "wishes_of"]
 
@@ -28,6 +29,7 @@ class Wishes:
 
     Args:
         skip_save, skip_load: leave the cache as it is; compute everything.
+        priority: of what is kept; lower ones are evicted first.
         salt: separates this request's KV from that of other salts.
         tags: separate it, too; ``name=value`` sorted by name.
         unknown: keys of ours that mean nothing.
@@ -35,15 +37,16 @@ class Wishes:
 
     skip_save: bool = False
     skip_load: bool = False
+    priority: int = 0
     salt: str = ""
     tags: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
 
 
 def wishes_of(params: Mapping[str, Any] | None) -> Wishes:
-    """Read ``kv_transfer_params``: ``skip_save``, ``skip_load``, ``salt``, ``tag.<name>``, behind ``lmkv.`` or ``lmcache.``."""
+    """Read ``kv_transfer_params``: ``skip_save``, ``skip_load``, ``priority``, ``salt``, ``tag.<name>``, behind a prefix."""
     flags = {"skip_save": False, "skip_load": False}
-    salt, tags, unknown = "", [], []
+    salt, priority, tags, unknown = "", 0, [], []
     for key, value in (params or {}).items():
         prefix = next((prefix for prefix in _PREFIXES if str(key).startswith(prefix)), None)
         if prefix is None:
@@ -51,13 +54,15 @@ def wishes_of(params: Mapping[str, Any] | None) -> Wishes:
         name = str(key).removeprefix(prefix)
         if name in flags:
             flags[name] = str(value).strip().lower() in _TRUE
+        elif name == "priority" and str(value).isdecimal() and int(value) in PRIORITIES:
+            priority = int(value)
         elif name == "salt":
             salt = str(value)
         elif name.startswith("tag."):
             tags.append(f"{name.removeprefix('tag.')}={value}")
         else:
             unknown.append(str(key))
-    return Wishes(flags["skip_save"], flags["skip_load"], salt, tuple(sorted(tags)), tuple(unknown))
+    return Wishes(flags["skip_save"], flags["skip_load"], priority, salt, tuple(sorted(tags)), tuple(unknown))
 
 
 def refusal(request: Any) -> str:

@@ -108,6 +108,7 @@ class Entry:
         key, parent, root, start: as in the record.
         size: bytes that count towards the capacity.
         fingerprint: of its content (:mod:`lmkv.index.content`), 0 for a short chunk.
+        priority: as in the record; lower ones are evicted first.
     """
 
     sequence: int
@@ -117,6 +118,7 @@ class Entry:
     start: int
     size: int
     fingerprint: int
+    priority: int = 0
 
 
 @runtime_checkable

@@ -29,11 +29,12 @@ class Node:
         tokens: its tokens, little-endian uint32; empty for a place-holder.
         slot: where its KV is.
         pins: how many leases, loads and pending writes need it to stay.
+        priority: of what is held; lower ones are evicted first.
         origin: the slow tier that it was loaded from, until its first lease; else empty.
         children: ``None``, the only child, or a sorted list of children; held ones only.
     """
 
-    __slots__ = ("children", "key", "origin", "parent", "pins", "slot", "tokens")
+    __slots__ = ("children", "key", "origin", "parent", "pins", "priority", "slot", "tokens")
 
     def __init__(self, key: ChunkKey) -> None:
         self.key = key
@@ -41,6 +42,7 @@ class Node:
         self.tokens = b""
         self.slot = -1
         self.pins = 0
+        self.priority = 0
         self.origin = ""
         self.children: Any = None
 
@@ -168,6 +170,7 @@ class PrefixIndex:
         node.parent = None
         node.tokens = b""
         node.slot = -1
+        node.priority = 0
         node.origin = ""
         self._held -= 1
         for place in (node, above):

@@ -14,7 +14,8 @@ import numpy as np
 from ..backends.base import Bounded
 from ..chunks import ChunkKey
 from ..eviction.base import EvictionPolicy
-from ..eviction.chain import ChainAware, ChainTable
+from ..eviction.chain import ChainTable
+from ..eviction.priority import ByPriority
 from ..index import ContentIndex
 
 __all__ = ["Mirror"]
@@ -38,8 +39,9 @@ class Mirror:
     def reset(self) -> None:
         """Forget everything; the next :meth:`sync` reads all."""
         self._links = ChainTable()
-        policy = self._make_policy()
-        self.policy: EvictionPolicy = ChainAware(policy, self._links) if self._chain_aware else policy
+        self._priorities: dict[ChunkKey, int] = {}  # those that are not 0
+        links = self._links if self._chain_aware else None
+        self.policy: EvictionPolicy = ByPriority(self._make_policy, lambda key: self._priorities.get(key, 0), links)
         self.content = ContentIndex()
         self._seen = 0
         self._next = 0
@@ -53,6 +55,8 @@ class Mirror:
             if entry.key in self.policy:
                 self.policy.touch(entry.key)
                 continue
+            if entry.priority:
+                self._priorities[entry.key] = entry.priority
             self.policy.insert(entry.key)
             self._links.add(entry.key, entry.parent)
             if entry.fingerprint:
@@ -80,6 +84,7 @@ class Mirror:
             return
         self.policy.remove(key)
         self._links.discard(key)
+        self._priorities.pop(key, None)
         number, fingerprint = self._numbers.pop(key, (-1, 0))
         if number >= 0:
             del self._by_number[number]

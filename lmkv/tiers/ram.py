@@ -19,7 +19,7 @@ from ..errors import CapacityError
 from ..events import Emitter
 from ..eviction import make_policy
 from ..eviction.base import EvictionPolicy
-from ..eviction.chain import ChainAware
+from ..eviction.priority import ByPriority
 from ..index import ContentIndex, Node, PrefixIndex
 from ..index.content import chunk_fingerprints, root_seed
 from ..layout import KVLayout
@@ -43,6 +43,7 @@ class NewChunk:
         piece: its tokens, little-endian uint32.
         start: position of its first token.
         slot: where its KV goes.
+        priority: lower ones are evicted first.
     """
 
     key: ChunkKey
@@ -51,6 +52,7 @@ class NewChunk:
     piece: bytes
     start: int
     slot: int
+    priority: int = 0
 
 
 class _Unavailable:
@@ -98,8 +100,8 @@ class RamTier:
         )
         self.index = PrefixIndex()
         self.content = ContentIndex()
-        policy = make_policy(config.ram_policy, slots)
-        self.policy: EvictionPolicy = ChainAware(policy, self.index) if config.chain_aware else policy
+        links = self.index if config.chain_aware else None
+        self.policy: EvictionPolicy = ByPriority(lambda: make_policy(config.ram_policy, slots), self._priority_of, links)
         self.evictions = 0
         #: Whether chunks stay here once nobody holds them.
         self.keeps = config.ram_cache
@@ -111,6 +113,10 @@ class RamTier:
         self._roots = array("I")  # by slot: number of the root of the chunk's namespace
         self._root_numbers: dict[ChunkKey, int] = {}
         self._emit = emit
+
+    def _priority_of(self, key: ChunkKey) -> int:
+        node = self.index.get(key)
+        return 0 if node is None else node.priority
 
     def payload(self, slot: int, tokens: int) -> memoryview:
         """The payload of a chunk of ``tokens`` tokens in a slot."""
@@ -186,6 +192,7 @@ class RamTier:
         nodes, numbers = self._nodes, self._root_numbers
         for node, chunk in done:
             nodes[chunk.slot] = node
+            node.priority = chunk.priority
             self._starts[chunk.slot] = chunk.start
             self._roots[chunk.slot] = numbers.setdefault(chunk.root, len(numbers))
         insert = self.policy.insert
@@ -213,7 +220,7 @@ class RamTier:
     def chunk_in(self, node: Node, root: ChunkKey) -> NewChunk:
         """A held chunk of the namespace of that root, as it came in."""
         assert node.parent is not None
-        return NewChunk(node.key, node.parent.key, root, node.tokens, self._starts[node.slot], node.slot)
+        return NewChunk(node.key, node.parent.key, root, node.tokens, self._starts[node.slot], node.slot, node.priority)
 
     def start_of(self, slot: int) -> int:
         """Where the chunk in a slot begins in its text."""

@@ -240,6 +240,7 @@ class SlowTier:
         header = verify(
             record, key=chunk.key, parent=chunk.parent, root=chunk.root, layout=self.layout.fingerprint, start=chunk.start
         )
+        chunk.priority = header.priority
         if header.tokens != chunk.piece:
             raise CorruptRecordError("expected the tokens that were looked up; the record holds others")
         size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
@@ -352,6 +353,7 @@ class SlowTier:
             offset=self._offset,
             payload_bytes=size,
             codec=self._codec.name,
+            priority=chunk.priority,
         )
         return record
 

@@ -29,8 +29,8 @@ from .geometry import Geometry, Run
 __all__ = ["DATABASES", "Place", "RecordIndex"]
 
 DATABASES = (b"meta", b"index", b"uses", b"order", b"children", b"segments")
-#: parent, root, sequence number of its birth, fingerprint, bytes, start, seconds since 1970, runs; runs and tokens follow
-_INDEX = struct.Struct("<16s16sQQQIIH6x")
+#: parent, root, sequence number of its birth, fingerprint, bytes, start, written, runs, priority; then the runs, the tokens
+_INDEX = struct.Struct("<16s16sQQQIIHB5x")
 _RUN = struct.Struct("<QI")
 _USE = struct.Struct("<QI")  # sequence number, uses
 #: LMDB's keys have at most 511 bytes; 16 are the place in the tree, so a segment of siblings' tokens is 120 tokens.
@@ -174,7 +174,7 @@ class RecordIndex:
         """The place in an entry; ``None`` if it can't be one."""
         if _runs_end(value) < 0:
             return None
-        _, _, born, _, size, _, written, count = _INDEX.unpack_from(value)
+        _, _, born, _, size, _, written, count, _ = _INDEX.unpack_from(value)
         runs = tuple(_RUN.unpack_from(value, _INDEX.size + i * _RUN.size) for i in range(count))
         width = self._geometry.segment_slots
         if any(not 1 <= slots <= width - first % width for first, slots in runs):
@@ -192,7 +192,8 @@ class RecordIndex:
         self.delete(txn, key)
         sequence = self.counter(txn, b"sequence") + 1
         fingerprint = self.fingerprint(header.root, header.tokens)
-        entry = _INDEX.pack(header.parent, header.root, sequence, fingerprint, size, header.start, now, len(runs))
+        fields = (sequence, fingerprint, size, header.start, now, len(runs), header.priority)
+        entry = _INDEX.pack(header.parent, header.root, *fields)
         txn.put(key, entry + b"".join(_RUN.pack(*run) for run in runs) + header.tokens, db=self._index)
         txn.put(key, _USE.pack(sequence, 1), db=self._uses)
         txn.put(sequence.to_bytes(8, "big"), key, db=self._order)
@@ -274,9 +275,9 @@ class RecordIndex:
                 where = None if value is None else self._place(value)
                 if value is None or where is None:
                     continue  # damaged
-                parent, root, _, fingerprint, _, start, _, _ = _INDEX.unpack_from(value)
+                parent, root, _, fingerprint, _, start, _, _, priority = _INDEX.unpack_from(value)
                 sequence, size = int.from_bytes(place, "big"), self._slot_bytes(where.runs)
-                batch.append(Entry(sequence, ChunkKey(bytes(key)), parent, root, start, size, fingerprint))
+                batch.append(Entry(sequence, ChunkKey(bytes(key)), parent, root, start, size, fingerprint, priority))
                 if len(batch) == _BATCH:
                     break
         return batch
@@ -364,7 +365,7 @@ class RecordIndex:
             if place is None or tokens is None or len(tokens) % TOKEN_BYTES:
                 yield f"the entry of {bytes(key).hex()} can't be understood"
                 continue
-            parent, root, _, fingerprint, _, _, _, _ = _INDEX.unpack_from(value)
+            parent, root, _, fingerprint, _, _, _, _, _ = _INDEX.unpack_from(value)
             if fingerprint != self.fingerprint(root, tokens):
                 yield f"the fingerprint of {bytes(key).hex()} is not that of its tokens"
             for first, count in place.runs:

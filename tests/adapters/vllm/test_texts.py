@@ -89,6 +89,14 @@ def test_salts_tags_and_adapters_separate(tmp_path: Path) -> None:
     assert root(request(lora_request=lora), known) != before
 
 
+def test_priorities() -> None:
+    assert wishes_of({"lmkv.priority": "7"}).priority == wishes_of({"lmcache.priority": 7}).priority == 7
+    assert wishes_of({"lmkv.salt": "x"}).priority == 0
+    for wrong in (-1, 256, "high", None, True):
+        wishes = wishes_of({"lmkv.priority": wrong})
+        assert (wishes.priority, wishes.unknown) == (0, ("lmkv.priority",))
+
+
 def test_what_can_not_be_reused_is_named() -> None:
     assert refusal(request()) == ""
     assert "pooling" in refusal(request(pooling_params=object()))
