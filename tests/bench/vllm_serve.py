@@ -18,6 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,13 @@ def make_model(folder: Path) -> None:
 class Server:
     """``vllm serve`` on loopback, ended with the block."""
 
-    def __init__(self, model: Path, port: int, log: Path, *more: str) -> None:
+    def __init__(self, model: Path, port: int, log: Path, *more: str, variables: Mapping[str, str] | None = None) -> None:
         vllm = str(Path(sys.executable).with_name("vllm"))
         command = [vllm, "serve", str(model), "--port", str(port), "--host", "127.0.0.1", "--load-format", "dummy"]
         command += ["--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "4", "--no-enable-prefix-caching"]
         self.url = f"http://127.0.0.1:{port}"
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+        env |= variables or {}
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--enforce-eager", *more], stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -91,21 +93,18 @@ class Server:
 
 def bench(server: Server, model: Path, folder: Path, prompts: int) -> dict[str, Any]:
     """One run of ``vllm bench serve``; its result."""
+    dataset = ["--dataset-name", "prefix_repetition", "--prefix-repetition-prefix-len", "2048"]
+    dataset += ["--prefix-repetition-suffix-len", "128", "--prefix-repetition-num-prefixes", "2"]
+    dataset += ["--prefix-repetition-output-len", "8", "--num-prompts", str(prompts), "--max-concurrency", "1"]
+    return run_bench(server, model, folder, dataset)
+
+
+def run_bench(server: Server, model: Path, folder: Path, dataset: Sequence[str]) -> dict[str, Any]:
+    """``vllm bench serve`` with the options that name its requests; its result."""
     vllm = str(Path(sys.executable).with_name("vllm"))
-    command = [vllm, "bench", "serve", "--backend", "vllm", "--base-url", server.url, "--model", str(model)]
-    command += ["--dataset-name", "prefix_repetition", "--prefix-repetition-prefix-len", "2048"]
-    command += ["--prefix-repetition-suffix-len", "128", "--prefix-repetition-num-prefixes", "2"]
-    command += ["--prefix-repetition-output-len", "8", "--num-prompts", str(prompts), "--max-concurrency", "1", "--ignore-eos"]
-    command += [
-        "--seed",
-        "7",
-        "--save-result",
-        "--save-detailed",
-        "--result-dir",
-        str(folder),
-        "--result-filename",
-        "result.json",
-    ]
+    command = [vllm, "bench", "serve", "--backend", "vllm", "--base-url", server.url, "--model", str(model), *dataset]
+    command += ["--ignore-eos", "--seed", "7", "--save-result", "--save-detailed"]
+    command += ["--result-dir", str(folder), "--result-filename", "result.json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
