@@ -43,6 +43,7 @@ ENV_PREFIX = "LMKV_"
 CONFIG_FILE_VARIABLE = "LMKV_CONFIG_FILE"
 
 _BYTES = {"bytes": True}
+_LIST = {"list": True}
 
 
 def parse_bytes(value: object) -> int:
@@ -73,6 +74,11 @@ def _convert(owner: str, name: str, hint: Any, metadata: Mapping[str, Any], valu
             return parse_bytes(value)
         except ConfigError as error:
             raise ConfigError(f"{owner}{name}: {error}") from None
+    if metadata.get("list"):
+        texts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ConfigError(f"{owner}{name}: expected a list of texts, or texts separated by commas; got {value!r}")
+        return tuple(text.strip() for text in texts)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
         if type(None) in options:
@@ -209,6 +215,7 @@ class StoreConfig:
     Disk tier:
         disk_capacity: byte quota, 0 for no disk tier.
         disk_path: its directory; ``None`` is a folder of this layout's own in the user's cache directory.
+        disk_paths: several directories instead, best on a device each: they share the capacity by speed.
         disk_policy, disk_codec: as for ``tiers``.
         disk_direct: read and write past the page cache: ``auto`` (where the file system can), ``true`` or ``false``.
         disk_depth: reads and writes in flight at once.
@@ -246,6 +253,7 @@ class StoreConfig:
     chain_aware: bool = True
     disk_capacity: int = field(default=10 * 1024**3, metadata=_BYTES)
     disk_path: str | None = None
+    disk_paths: tuple[str, ...] = field(default=(), metadata=_LIST)
     disk_policy: str = "lru"
     disk_codec: str = "raw"
     disk_direct: str = "auto"
@@ -279,6 +287,9 @@ class StoreConfig:
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
         object.__setattr__(self, "disk_direct", str(self.disk_direct).lower())
+        object.__setattr__(self, "disk_paths", _convert("", "disk_paths", tuple, _LIST, self.disk_paths))
+        if self.disk_path and self.disk_paths:
+            raise ConfigError(f"disk_paths: expected it instead of disk_path; got both, {self.disk_path!r} too: keep one")
         _one_of("disk_admission", self.disk_admission, ("all", "second"))
         _one_of("disk_direct", self.disk_direct, ("auto", "true", "false"))
         _at_least("disk_depth", self.disk_depth, 1)
@@ -308,8 +319,11 @@ class StoreConfig:
         """
         if not self.disk_capacity:
             return self.tiers
+        place: dict[str, object] = {"paths": list(self.disk_paths)}
+        if len(self.disk_paths) < 2:
+            place = {"path": self.disk_path or (self.disk_paths or (str(cache_home() / "lmkv" / folder),))[0]}
         disk = TierConfig(
-            backend="lmdb",
+            backend="lmdb" if "path" in place else "lmdb-stripes",
             name="disk",
             capacity=self.disk_capacity,
             policy=self.disk_policy,
@@ -318,7 +332,7 @@ class StoreConfig:
             write_budget=self.disk_write_budget,
             admission=self.disk_admission,
             options={
-                "path": self.disk_path or str(cache_home() / "lmkv" / folder),
+                **place,
                 "direct": {"auto": "auto", "true": True, "false": False}[self.disk_direct],
                 "depth": self.disk_depth,
                 "free_space_floor": self.disk_floor,

@@ -158,9 +158,8 @@ def _local_disk(out: Translated, name: str, value: object, where: str) -> None:
     paths = [part.strip().removeprefix("file://") for part in value.split(",") if part.strip()]
     if not paths or not all(paths):
         raise ConfigError(f"{where}: {name}: expected a path or file:///path; got {value!r}")
-    if len(paths) > 1:
-        out.warnings.append(f"{where}: {name}: LMKV keeps one directory: {paths[0]} is used, the other paths have no effect")
-    out.set(name, "disk_path", os.path.expanduser(paths[0]), where)
+    places = [os.path.expanduser(path) for path in paths]
+    out.set(name, "disk_paths" if len(places) > 1 else "disk_path", places if len(places) > 1 else places[0], where)
 
 
 def _max_local_disk_size(out: Translated, name: str, value: object, where: str) -> None:
@@ -277,7 +276,11 @@ def _without_unasked_disk(out: Translated, where: str, also_set: frozenset[str] 
     """Apply LMCache's default: no ``local_disk``, no disk tier. ``also_set`` are native keys that are set elsewhere."""
     asked = out.settings.keys() | also_set
     written_as = out.names.get("disk_capacity")
-    if not out.from_lmcache or "disk_path" in asked or (written_as != "max_local_disk_size" and "disk_capacity" in asked):
+    if (
+        not out.from_lmcache
+        or asked & {"disk_path", "disk_paths"}
+        or (written_as != "max_local_disk_size" and "disk_capacity" in asked)
+    ):
         return out
     if out.settings.get("disk_capacity"):
         out.warnings.append(f"{where}: max_local_disk_size has no effect: local_disk names no directory")

@@ -111,7 +111,7 @@ def read_settings(extra_config: Mapping[str, object], environ: Mapping[str, str]
     changes: dict[str, Any] = {}
     if "ram_capacity" not in loaded.given:
         changes["ram_capacity"] = _RAM_CAPACITY
-    if not loaded.given & {"disk_capacity", "disk_path"}:
+    if not loaded.given & {"disk_capacity", "disk_path", "disk_paths"}:
         changes["disk_capacity"] = 0
     for name in ("use_layerwise", "save_decode_cache"):
         written = env.get(f"LMCACHE_{name.upper()}")

@@ -14,6 +14,7 @@ _REDIS = "lmkv.backends.redis.backend:RedisBackend"
 _BUILTIN = {
     "memory": "lmkv.backends.memory:MemoryBackend",
     "lmdb": "lmkv.backends.lmdb_disk:LmdbBackend",
+    "lmdb-stripes": "lmkv.backends.stripes:StripedBackend",
     "redis": _REDIS,
     "rediss": _REDIS,
     "unix": _REDIS,

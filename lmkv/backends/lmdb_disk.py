@@ -150,17 +150,23 @@ class LmdbBackend:
 
     def write_many(self, keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
         """See :class:`lmkv.backends.base.Backend`. Each value is a record whose header is indexed."""
+        self.write_numbered(keys, data, [0] * len(keys))
+
+    def write_numbered(self, keys: Sequence[ChunkKey], data: Sequence[memoryview], floors: Sequence[int]) -> None:
+        """As :meth:`write_many`; each record's sequence number is higher than its floor."""
         headers = [read_header(piece) for piece in data]
         if not keys:
             return
         try:
-            self._put(keys, data, headers)
+            self._put(keys, data, headers, floors)
         except CapacityError:
             self._mend()
             raise
         self._refused = 0
 
-    def _put(self, keys: Sequence[ChunkKey], data: Sequence[memoryview], headers: Sequence[RecordHeader]) -> None:
+    def _put(
+        self, keys: Sequence[ChunkKey], data: Sequence[memoryview], headers: Sequence[RecordHeader], floors: Sequence[int]
+    ) -> None:
         with self._begin() as txn:
             count = self._index.count(txn) + len(keys)
         if count > self._most_records:
@@ -174,8 +180,8 @@ class LmdbBackend:
             def enter(txn: Any) -> None:
                 if not self._index.are_free(txn, [run for runs in places for run in runs]):
                     raise CapacityError("expected the slots that were written to be free; their segment was taken away")
-                for key, header, piece, runs in zip(keys, headers, data, places, strict=True):
-                    self._index.insert(txn, key, header, len(piece), runs, now)
+                for key, header, piece, runs, floor in zip(keys, headers, data, places, floors, strict=True):
+                    self._index.insert(txn, key, header, len(piece), runs, now, floor)
 
             self._change(enter)
         finally:
@@ -225,6 +231,12 @@ class LmdbBackend:
             stale = (i for i, key in enumerate(keys[:held]) if not self._is_fresh(txn, key))
             return next(stale, held) if self._ttl else held
 
+    def held_many(self, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> list[bool]:
+        """Which chunks are held, each proved by its tokens."""
+        with self._begin() as txn:
+            held = self._index.held_many(txn, keys, pieces)
+            return [there and self._is_fresh(txn, key) for there, key in zip(held, keys, strict=True)]
+
     def best_child(self, parent: ChunkKey, tokens: bytes) -> tuple[ChunkKey, bytes, int] | None:
         """See :class:`lmkv.backends.base.LocalIndex`."""
         if not tokens:
@@ -264,10 +276,19 @@ class LmdbBackend:
             yield from batch
             after = batch[-1].sequence
 
+    def latest(self) -> int:
+        """The highest sequence number that any process has given out."""
+        with self._begin() as txn:
+            return self._index.counter(txn, b"sequence")
+
     def touch_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Bounded`. Where there is no room to note uses, they are not noted."""
+        self.touch_numbered(keys, [0] * len(keys))
+
+    def touch_numbered(self, keys: Sequence[ChunkKey], floors: Sequence[int]) -> None:
+        """As :meth:`touch_many`; each use's sequence number is higher than its floor."""
         with contextlib.suppress(CapacityError):
-            self._change(lambda txn: self._index.touch(txn, keys))
+            self._change(lambda txn: self._index.touch(txn, keys, floors))
 
     def tokens_of(self, key: ChunkKey) -> bytes | None:
         """See :class:`lmkv.backends.base.Bounded`."""

@@ -59,6 +59,25 @@ def test_a_failing_device(tmp_path: Path, library: Path, operations: str, error:
     assert "corrupt" not in outcome["kinds"], outcome
 
 
+@pytest.mark.parametrize(
+    ("operations", "error"),
+    [("writes,syncs,allocations,reads", errno.EIO), ("reads", errno.EIO), ("writes", errno.ENOSPC), ("syncs", errno.EROFS)],
+)
+def test_one_of_several_devices_fails(tmp_path: Path, library: Path, operations: str, error: int) -> None:
+    control = faulty_io.Control(tmp_path / "control")
+    folder = tmp_path / "disks"
+    environment = faulty_io.environment(library, folder / "0", control=control)
+    outcome = run("striped", str(folder), str(control.path), operations, str(error), environment=environment)
+    assert "tier_failed" in outcome["kinds"], outcome
+    assert str(folder / "0") in outcome["reason"], outcome
+    assert not {"tier_disabled", "corrupt", "write_dropped"} & set(outcome["kinds"]), outcome
+    assert 0 < outcome["during"] <= outcome["before"], outcome
+    if "reads" in operations:
+        assert outcome["during"] < outcome["before"], outcome
+    assert outcome["during_new"] == outcome["new"], "what comes meanwhile goes to the others"
+    assert outcome["after"] == outcome["before"], outcome
+
+
 def test_a_file_system_without_direct_io(tmp_path: Path, library: Path) -> None:
     control = faulty_io.Control(tmp_path / "control")
     control.fail(direct_opens=errno.EINVAL)

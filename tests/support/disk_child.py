@@ -1,6 +1,7 @@
 """Processes that use a disk tier under faults: ``python disk_child.py WORD ARGUMENT…``. Words:
 
 faulty DIRECTORY CONTROL OPERATIONS ERRNO   store, let the named operations fail, store and read on, mend them, store and read
+striped FOLDER CONTROL OPERATIONS ERRNO     the same for one of three directories of a tier, FOLDER/0: the others go on
 logged DIRECTORY SEED TEXTS LOG             store texts, flushing now and then; say how long LOG was when a flush came back
 crowd DIRECTORY KILLS SECONDS               writers and readers that are killed and started again at random moments
 """
@@ -72,6 +73,51 @@ def faulty(directory: str, control_path: str, operations: str, error: str) -> No
         assert known_kv.fetch(store, tokens) == len(tokens), "what was stored after the fault is there"
         store._check()
     print(json.dumps({"kinds": kinds, "reasons": reasons, "found": found}))
+
+
+def striped(folder: str, control_path: str, operations: str, error: str) -> None:
+    """Prints kinds of events while one directory failed, and tokens found before, while it did, and afterwards."""
+    control = faulty_io.Control(Path(control_path))
+    events: list[lmkv.Event] = []
+    places = {"disk_path": None, "disk_paths": [f"{folder}/{i}" for i in range(3)], "disk_capacity": 3 * disk_writer.DISK}
+    config = disk_writer.config(folder, **places, ram_cache=False)
+    old, new = range(30), range(30, 60)
+
+    def found(store: Store, numbers: range) -> int:
+        return sum(known_kv.fetch(store, disk_writer.text(1, number)) for number in numbers)
+
+    with Store(config, disk_writer.LAYOUT, on_event=events.append) as store:
+        for number in old:
+            _keep(store, 1, number)
+            assert store.flush(60)
+        before = found(store, old)
+        events.clear()
+        control.fail(**dict.fromkeys(operations.split(","), int(error)))
+        during = found(store, old)
+        for number in new:
+            _keep(store, 1, number)
+            store.flush(60)
+        during_new = found(store, new)
+        kinds = {event.kind: event.detail for event in events}
+        control.fail()
+        for stripe in store._slow[0].backend._stripes:
+            stripe._until = 0.0  # what it waits for is over
+        for number in (*old, *new):
+            _keep(store, 1, number)
+            assert store.flush(60)
+        after = found(store, old)
+        evicted = store.stats().tiers[1].evictions
+        for number in range(60, 400):  # the mirror has forgotten nothing: eviction goes on
+            _keep(store, 1, number)
+            assert store.flush(60)
+        assert store.stats().tiers[1].evictions > evicted
+        store._check()
+    sizes = [disk_writer.size_of(f"{folder}/{i}") for i in range(3)]
+    assert sum(sizes) <= 3 * disk_writer.DISK, sizes
+    reason = str(kinds.get("tier_failed", {}).get("reason", ""))
+    whole = sum(len(disk_writer.text(1, number)) for number in new)
+    tokens = {"before": before, "during": during, "during_new": during_new, "new": whole, "after": after}
+    print(json.dumps({"kinds": sorted(kinds), "reason": reason, **tokens}))
 
 
 def logged(directory: str, seed: str, texts: str, log: str) -> None:
@@ -149,4 +195,4 @@ def crowd(directory: str, kills: str, seconds: str) -> None:
 
 
 if __name__ == "__main__":
-    {"faulty": faulty, "logged": logged, "crowd": crowd}[sys.argv[1]](*sys.argv[2:])
+    {"faulty": faulty, "striped": striped, "logged": logged, "crowd": crowd}[sys.argv[1]](*sys.argv[2:])

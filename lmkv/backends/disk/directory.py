@@ -23,7 +23,16 @@ from .pages import PagesDamagedError, check_pages
 from .segments import SEGMENT_NAME, SegmentFiles
 from .slots import Slots
 
-__all__ = ["FORMAT", "Directory", "Settings", "close_directory", "is_open", "open_directory", "translated"]
+__all__ = [
+    "FORMAT",
+    "Directory",
+    "Settings",
+    "close_directory",
+    "is_open",
+    "open_directory",
+    "registered_capacity",
+    "translated",
+]
 
 FORMAT = b"lmkv-disk/2"
 _OWN_FILES = {"data.mdb", "lock.mdb", "slots.lock"}
@@ -386,6 +395,13 @@ def open_directory(settings: Settings) -> Directory:
                 )
         found.users += 1
         return found
+
+
+def registered_capacity(path: str) -> int:
+    """The capacity of a directory that this process has open; 0 if it has not."""
+    with _registry_lock:
+        found = _registry.get(os.path.realpath(path))
+        return 0 if found is None else found.settings.capacity
 
 
 def is_open(path: str) -> bool:

@@ -187,10 +187,12 @@ class RecordIndex:
         """The tokens of a record."""
         return _tokens(txn.get(key, db=self._index))
 
-    def insert(self, txn: Any, key: ChunkKey, header: RecordHeader, size: int, runs: Sequence[Run], now: int) -> None:
-        """Enter a record that lies in ``runs``; one under the same key goes."""
+    def insert(
+        self, txn: Any, key: ChunkKey, header: RecordHeader, size: int, runs: Sequence[Run], now: int, floor: int = 0
+    ) -> None:
+        """Enter a record that lies in ``runs``, numbered behind ``floor``; one under the same key goes."""
         self.delete(txn, key)
-        sequence = self.counter(txn, b"sequence") + 1
+        sequence = max(self.counter(txn, b"sequence"), floor) + 1
         fingerprint = self.fingerprint(header.root, header.tokens)
         fields = (sequence, fingerprint, size, header.start, now, len(runs), header.priority)
         entry = _INDEX.pack(header.parent, header.root, *fields)
@@ -224,16 +226,16 @@ class RecordIndex:
         self._mark(txn, place.runs, False)
         self._set_counter(txn, b"used", max(0, self.counter(txn, b"used") - self._slot_bytes(place.runs)))
 
-    def touch(self, txn: Any, keys: Sequence[ChunkKey]) -> None:
-        """Count a use of each key that is held, in this order."""
+    def touch(self, txn: Any, keys: Sequence[ChunkKey], floors: Sequence[int]) -> None:
+        """Count a use of each key that is held, in this order, each numbered behind its floor."""
         sequence = self.counter(txn, b"sequence")
-        for key in keys:
+        for key, floor in zip(keys, floors, strict=True):
             value = txn.get(key, db=self._uses)
             if value is None:
                 continue
             last, uses = _USE.unpack(value)
             del value
-            sequence += 1
+            sequence = max(sequence, floor) + 1
             txn.delete(last.to_bytes(8, "big"), db=self._order)
             txn.put(sequence.to_bytes(8, "big"), key, db=self._order)
             txn.put(key, _USE.pack(sequence, min(uses + 1, 2**32 - 1)), db=self._uses)
@@ -283,6 +285,10 @@ class RecordIndex:
         return batch
 
     # -- chains ----------------------------------------------------------------------------------------------------------
+
+    def held_many(self, txn: Any, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> list[bool]:
+        """Which chunks are held, each proved by its tokens."""
+        return [_tokens(txn.get(key, db=self._index)) == piece for key, piece in zip(keys, pieces, strict=True)]
 
     def match_prefix(self, txn: Any, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
         """How many leading chunks are held, each proved by its tokens."""
