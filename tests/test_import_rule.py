@@ -30,6 +30,7 @@ ENGINES = {
     "aiohttp",
     "aiofiles",
     "blosc2",
+    "cryptography",
     "redis",
     "obstore",
     "mooncake",

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..backends import BackendSettings, open_backend
-from ..config import StoreConfig, TierConfig
+from ..backends.base import LocalIndex
+from ..config import StoreConfig, TierConfig, read_keys
+from ..errors import ConfigError
 from ..events import Emitter
 from ..index import Node
 from ..layout import KVLayout
+from .envelope import Envelope
 from .slow import SlowTier
 
 __all__ = ["open_tier"]
@@ -26,14 +29,20 @@ def open_tier(
     """The tier that the settings describe; the arguments are those of :class:`SlowTier`.
 
     Raises:
-        ConfigError: an unknown backend, option, policy or codec.
+        ConfigError: an unknown backend, option, policy or codec, or keys for encryption that can't be read.
         BackendUnavailableError: the storage can't be opened now; remote ones connect later, on first use.
         CapacityError: the capacity is below one chunk.
     """
 
+    where = f"tier {settings.name}"
+
     def report(operation: str, reason: str) -> None:
         emit("tier_failed", settings.name, operation=operation, reason=reason)
 
+    encryption = settings.encryption or config.encryption
+    envelope = None
+    if encryption not in ("", "off"):
+        envelope = Envelope(read_keys(encryption, where), layout.fingerprint, where)
     backend = open_backend(
         settings.backend,
         BackendSettings(
@@ -47,7 +56,12 @@ def open_tier(
         ),
     )
     try:
-        return SlowTier(settings, config, layout, backend, slot_view=slot_view, release=release, emit=emit)
+        if envelope is not None and isinstance(backend, LocalIndex):
+            raise ConfigError(
+                f"{where}: encryption: expected a storage that keeps records without reading them; the index of "
+                f"{settings.backend} holds their tokens: use an encrypted file system"
+            )
+        return SlowTier(settings, config, layout, backend, slot_view=slot_view, release=release, emit=emit, envelope=envelope)
     except BaseException:
         backend.close()
         raise

@@ -14,17 +14,17 @@ from typing import TypeVar
 
 from ..backends.base import AsksEach, Backend, Bounded, Clearable, LocalIndex, Syncing
 from ..chunks import TOKEN_BYTES, ChunkKey
-from ..codecs import Codec, make_codec
 from ..config import StoreConfig, TierConfig
 from ..errors import CapacityError, ConfigError, CorruptRecordError
 from ..events import Emitter
 from ..eviction import make_policy
 from ..index import Node
 from ..layout import KVLayout
-from ..record import payload_offset, seal, verify
 from .admission import SeenOnce, seen_size
 from .breaker import Breaker
+from .envelope import Envelope
 from .mirror import Mirror
+from .packing import Packer
 from .probing import count_leading
 from .ram import NewChunk
 from .readers import Readers
@@ -59,6 +59,7 @@ class SlowTier:
         backend: opened already; the tier closes it.
         slot_view: slot id -> its whole memory.
         release: told of nodes that the tier needs no longer; takes the store's lock.
+        envelope: what records are encrypted with; ``None`` for records in the clear.
 
     Raises:
         ConfigError: an unknown policy or codec.
@@ -75,6 +76,7 @@ class SlowTier:
         slot_view: Callable[[int], memoryview],
         release: Callable[[Sequence[Node]], None],
         emit: Emitter,
+        envelope: Envelope | None = None,
     ) -> None:
         self.name = settings.name
         self.deadline = settings.deadline_seconds
@@ -86,18 +88,14 @@ class SlowTier:
         self._moved = {"read": [0, 0.0], "write": [0, 0.0]}  # bytes, seconds
         self._failures = self._dropped = 0
         self._counting = threading.Lock()
-        self._offset = payload_offset(layout.chunk_tokens)
-        self._slot_view = slot_view
         self._release = release
         self._emit = emit
-        self._itemsize = max(group.itemsize for group in layout.groups)
-        self._codecs: dict[str, Codec] = {}
-        self._codec = self._codec_named(settings.codec)
+        self._packer = Packer(layout, settings.codec, slot_view, envelope)
         self._bounded = backend if isinstance(backend, Bounded) else None
         self._mirror_lock = threading.Lock()
         self._mirror: Mirror | None = None
         if self._bounded is not None:
-            smallest = self._bounded.cost(self._offset + layout.chunk_bytes)
+            smallest = self._bounded.cost(self._packer.offset + layout.chunk_bytes)
             if self._bounded.capacity < smallest:
                 raise CapacityError(
                     f"tier {self.name}: expected a capacity that leaves room for a chunk of {smallest} bytes; "
@@ -111,7 +109,7 @@ class SlowTier:
         )
         self._threads = config.io_threads
         self._held_back = 0
-        chunks = (self._bounded.capacity if self._bounded else settings.capacity) // (self._offset + layout.chunk_bytes)
+        chunks = (self._bounded.capacity if self._bounded else settings.capacity) // (self._packer.offset + layout.chunk_bytes)
         self._seen = SeenOnce(seen_size(chunks)) if settings.admission == "second" else None
         self._readers = Readers(f"lmkv-{self.name}-read", config.io_threads)
         self._touches: list[list[ChunkKey]] = []
@@ -121,11 +119,6 @@ class SlowTier:
         self.writer: WriteBehind[Write] = WriteBehind(
             f"lmkv-{self.name}-write", config.write_queue, batch, self._write, self._give_up, pace
         )
-
-    def _codec_named(self, name: str) -> Codec:
-        if name not in self._codecs:
-            self._codecs[name] = make_codec(name, self._itemsize)
-        return self._codecs[name]
 
     def _guarded(self, operation: str, call: Callable[[], Result], otherwise: Result) -> Result:
         """``call()``, or ``otherwise`` and an event. Here failures of foreign code become misses."""
@@ -205,12 +198,7 @@ class SlowTier:
         return self._readers.submit(lambda: self._guarded("read", lambda: self._read(chunks), [False] * len(chunks)))
 
     def _read(self, chunks: Sequence[NewChunk]) -> list[bool]:
-        raw = self._codec.name == "raw"
-        buffers: list[memoryview] = []
-        for chunk in chunks:
-            size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
-            view = self._slot_view(chunk.slot)
-            buffers.append(view if raw else memoryview(bytearray(self._offset + max(size, self._codec.bound(size)))))
+        buffers = [self._packer.room(chunk) for chunk in chunks]
         sizes = self.backend.read_many([chunk.key for chunk in chunks], buffers)
         done: list[bool] = []
         for chunk, buffer, size_read in zip(chunks, buffers, sizes, strict=True):
@@ -219,7 +207,7 @@ class SlowTier:
                 done.append(False)
                 continue
             try:
-                self._unpack(chunk, buffer[:size_read])
+                self._packer.unpack(chunk, buffer[:size_read])
                 done.append(True)
             except (CorruptRecordError, ConfigError) as error:
                 self._emit("corrupt", self.name, key=chunk.key.hex(), reason=str(error))
@@ -229,30 +217,6 @@ class SlowTier:
             self.read_chunks += sum(done)
             self._moved["read"][0] += sum(size for size, good in zip(sizes, done, strict=True) if size and good)
         return done
-
-    def _unpack(self, chunk: NewChunk, record: memoryview) -> None:
-        """Prove a record and leave its payload in the chunk's slot.
-
-        Raises:
-            CorruptRecordError: it is not this chunk's whole record.
-            ConfigError: it is encoded by a codec that is not to be had.
-        """
-        header = verify(
-            record, key=chunk.key, parent=chunk.parent, root=chunk.root, layout=self.layout.fingerprint, start=chunk.start
-        )
-        chunk.priority = header.priority
-        if header.tokens != chunk.piece:
-            raise CorruptRecordError("expected the tokens that were looked up; the record holds others")
-        size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
-        slot = self._slot_view(chunk.slot)
-        place = slot[self._offset : self._offset + size]
-        stored = record[header.payload_offset :]
-        in_place = header.codec == "raw" and self._codec.name == "raw" and header.payload_offset == self._offset
-        if in_place and len(stored) == size:
-            return
-        if self._codec.name == "raw":  # read into the slot itself: decode from a copy
-            stored = memoryview(bytes(stored))
-        self._codec_named(header.codec).decode(stored, place)
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
@@ -317,7 +281,7 @@ class SlowTier:
         missing = [chunk for chunk, held in zip(chunks, there, strict=True) if not held]
         if not missing:
             return True
-        records = [self._pack(chunk) for chunk in missing]
+        records = [self._packer.pack(chunk) for chunk in missing]
         newest_first = self._mirror is not None and self._mirror.policy.newest_first
         order = range(len(missing)) if newest_first else range(len(missing) - 1, -1, -1)
         stored = self._put([missing[i] for i in order], [records[i] for i in order])
@@ -332,30 +296,6 @@ class SlowTier:
             self._emit("stored", self.name, chunks=len(missing), tokens=tokens, bytes=size)
             self._drop_covered(missing)
         return stored
-
-    def _pack(self, chunk: NewChunk) -> memoryview:
-        """The chunk's record: the slot itself where the payload is kept raw."""
-        size = len(chunk.piece) // TOKEN_BYTES * self.layout.token_bytes
-        record = self._slot_view(chunk.slot)[: self._offset + size]
-        if self._codec.name != "raw":
-            encoded = self._codec.encode(record[self._offset :])
-            size = len(encoded)
-            record = memoryview(bytearray(self._offset + size))
-            record[self._offset :] = encoded
-        seal(
-            record,
-            key=chunk.key,
-            parent=chunk.parent,
-            root=chunk.root,
-            layout=self.layout.fingerprint,
-            start=chunk.start,
-            tokens=chunk.piece,
-            offset=self._offset,
-            payload_bytes=size,
-            codec=self._codec.name,
-            priority=chunk.priority,
-        )
-        return record
 
     def _put(self, chunks: list[NewChunk], records: list[memoryview], attempts: int = 16) -> bool:
         """Write, making room where the backend says there is none."""

@@ -27,9 +27,8 @@ class Client:
     def __init__(self, url: str, **settings: Any) -> None:
         self.events: list[lmkv.Event] = []
         options = settings.pop("options", {"part_bytes": 65536})
-        tier = lmkv.TierConfig(
-            url=url, backend=settings.pop("backend", ""), name="remote", deadline_seconds=DEADLINE, options=options
-        )
+        of_tier = {name: settings.pop(name) for name in ("backend", "codec", "encryption") if name in settings}
+        tier = lmkv.TierConfig(url=url, name="remote", deadline_seconds=DEADLINE, options=options, **of_tier)
         config = lmkv.StoreConfig(
             model="m", ram_capacity=8 << 20, disk_capacity=0, tiers=(tier,), breaker_failures=3, **settings
         )
