@@ -100,7 +100,7 @@ def vllm() -> bool:
     python = str(place / "bin" / "python")
     if not (place / "installed").exists():
         made = run(sys.executable, "-m", "venv", "--clear", str(place)) and run(
-            *(python, "-m", "pip", "install", "-q", VLLM, "pytest>=8.0", "hypothesis>=6.100", "-e", str(ROOT))
+            *(python, "-m", "pip", "install", "-q", VLLM, "pytest>=8.0", "hypothesis>=6.100", "-e", f"{ROOT}[redis]")
         )
         # these come in versions for another torch than vLLM's, and make transformers fail; vLLM for text needs none of them
         made = made and run(python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
