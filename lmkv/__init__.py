@@ -27,6 +27,7 @@ _HOMES = {
     "Match": "store",
     "Namespace": "chunks",
     "PagedKV": "transfer",
+    "PrefillSpeed": "worth",
     "Reservation": "store",
     "Store": "store",
     "StoreConfig": "config",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .store import Store as Store
     from .transfer import DenseKV as DenseKV
     from .transfer import PagedKV as PagedKV
+    from .worth import PrefillSpeed as PrefillSpeed
 
 
 def __getattr__(name: str) -> Any:

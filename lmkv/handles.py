@@ -136,10 +136,26 @@ class Match:
 
     def tokens_by_tier(self) -> dict[str, int]:
         """How many of the hit tokens come from which tier."""
+        if len(self.runs) == 1 and not self.tail:
+            return {self.runs[0][0]: self.hit_tokens}
         counts: dict[str, int] = {}
         for hit in self.hits:
             counts[hit.tier] = counts.get(hit.tier, 0) + hit.tokens
         return counts
+
+    def first(self, runs: int) -> Match:
+        """The match without what stands behind the first ``runs`` of its runs, as whose last one its tail counts."""
+        tail = self.tail if runs > len(self.runs) else None
+        return Match(
+            self.namespace,
+            self._chunk_tokens,
+            self.keys,
+            self.pieces,
+            self.runs[:runs],
+            tail,
+            pending=self.pending,
+            again=self._again,
+        )
 
     def wait(self, timeout: float) -> Match:
         """The match once remote tiers have answered or ``timeout`` seconds have passed."""

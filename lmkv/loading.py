@@ -57,6 +57,29 @@ class Probes:
         return 0
 
 
+class _Trip:
+    """One load from one tier, in several batches: how long it takes as whoever asked for it sees it."""
+
+    def __init__(self, tier: SlowTier) -> None:
+        self.tier = tier
+        self.begun = time.monotonic()
+        self._left = self._asked = self._size = 0
+
+    def expects(self, size: int) -> None:
+        """So many bytes will be asked for in one more batch; before any is."""
+        self._left += 1
+        self._asked += size
+
+    def arrived(self, size: int) -> None:
+        """A batch ended, of which so many bytes came; under the store's lock."""
+        self._size += size
+        self._left -= 1
+        if not self._left:
+            seconds = time.monotonic() - self.begun
+            late = seconds > 0.9 * self.tier.deadline  # what did not come in time would have taken longer still
+            self.tier.speed.add(self._asked if late else self._size, seconds)
+
+
 class Loader:
     """Loads chunks from slow tiers into slots; a chunk that is being loaded is not loaded twice.
 
@@ -103,8 +126,11 @@ class Loader:
                 waits.append(done)
                 for chunk in batch:
                     self._under_way[chunk.key] = done
+        trips = {tier: _Trip(self._tiers[tier]) for tier, _ in batches}
+        for tier, batch in batches:
+            trips[tier].expects(self._bytes(batch))
         for (tier, batch), done in zip(batches, waits[len(others) :], strict=True):
-            self._start(self._tiers[tier], batch, done)
+            self._start(trips[tier], batch, done)
         self._when_all(waits, lambda: result.set_result(self._count(match)))
         return result
 
@@ -153,34 +179,37 @@ class Loader:
             batches.extend((tier, chunks[i : i + size]) for i in range(0, len(chunks), size))
         return batches
 
-    def _start(self, tier: SlowTier, batch: list[NewChunk], done: Future[None]) -> None:
-        begun = time.monotonic()
+    def _start(self, trip: _Trip, batch: list[NewChunk], done: Future[None]) -> None:
         try:
-            reading = tier.read(batch)
+            reading = trip.tier.read(batch)
         except StoreClosedError:  # the tier's threads are gone: the store is closing
-            self._finish(tier, batch, [False] * len(batch), begun, done)
+            self._finish(trip, batch, [False] * len(batch), done)
             return
 
         def finish(read: Future[list[bool]]) -> None:
             there = [False] * len(batch) if read.cancelled() else read.result()
-            self._finish(tier, batch, there, begun, done)
+            self._finish(trip, batch, there, done)
 
         reading.add_done_callback(finish)
 
-    def _finish(self, tier: SlowTier, batch: list[NewChunk], there: list[bool], begun: float, done: Future[None]) -> None:
+    def _finish(self, trip: _Trip, batch: list[NewChunk], there: list[bool], done: Future[None]) -> None:
         good = [chunk for chunk, ok in zip(batch, there, strict=True) if ok]
         with self._lock:
             for chunk in batch:
                 del self._under_way[chunk.key]
             self._ram.pool.release([chunk.slot for chunk, ok in zip(batch, there, strict=True) if not ok])
             for node, _ in self._ram.commit(good):
-                node.origin = tier.name
+                node.origin = trip.tier.name
+            size = self._bytes(good)
+            trip.arrived(size)
         if good:
-            tokens = sum(len(chunk.piece) for chunk in good) // TOKEN_BYTES
-            size = tokens * self._ram.layout.token_bytes
-            seconds = time.monotonic() - begun
-            self._emit("loaded", tier.name, chunks=len(good), tokens=tokens, bytes=size, seconds=seconds)
+            tokens = size // self._ram.layout.token_bytes
+            seconds = time.monotonic() - trip.begun
+            self._emit("loaded", trip.tier.name, chunks=len(good), tokens=tokens, bytes=size, seconds=seconds)
         done.set_result(None)
+
+    def _bytes(self, chunks: Sequence[NewChunk]) -> int:
+        return sum(len(chunk.piece) for chunk in chunks) // TOKEN_BYTES * self._ram.layout.token_bytes
 
     @staticmethod
     def _when_all(waits: Sequence[Future[None]], then: Callable[[], None]) -> None:

@@ -27,6 +27,7 @@ from .layout import KVLayout
 from .loading import Loader
 from .tiers import NewChunk, RamTier, SlowTier, Write, open_tier
 from .transfer import Part, Pins, as_access, gather, scatter
+from .worth import worthwhile
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
 
@@ -141,6 +142,19 @@ class Store:
         """
         self._open()
         return self._loader.load(match)
+
+    def worthwhile(self, match: Match, tokens_per_second: float) -> Match:
+        """As much of a match as is loaded quicker than the caller computes it, by what its tiers took before.
+
+        Args:
+            tokens_per_second: how quick a prompt is computed; :class:`lmkv.PrefillSpeed` measures it.
+
+        Raises:
+            ArgumentError: no speed.
+        """
+        if not tokens_per_second > 0:
+            raise ArgumentError(f"expected tokens_per_second above 0; got {tokens_per_second!r}")
+        return worthwhile(match, {tier.name: tier.speed for tier in self._slow}, self.layout.token_bytes, tokens_per_second)
 
     def lease(self, match: Match) -> Lease:
         """Hold the prefix's chunks in their slots while they are copied out.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from ...handles import Lease
+from ...handles import Lease, Match
 from ...store import Store
+from ...worth import PrefillSpeed
 from .requests import RequestState
 from .stats import Counts
-from .worth import Worth
 
 __all__ = ["Lookups"]
 
@@ -25,14 +25,14 @@ class Lookups:
     Attributes:
         filling: keys of chunks that workers are copying into slots.
         generation: of what the store holds: a lookup that found nothing need not be repeated within one.
-        worth: told by others how quick computing is.
+        computed: told by others how quick computing is.
     """
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
         self.filling: set[bytes] = set()
         self.generation = 0
-        self.worth = Worth()
+        self.computed = PrefillSpeed()
 
     def lease(self, store: Store, state: RequestState, most: int) -> bool:
         """Give a request a lease of what is known of its first ``most`` tokens; ``False``: ask again in the next step."""
@@ -55,33 +55,46 @@ class Lookups:
         return lease.hit_tokens >= most or state.looked_at == (most, self.generation)
 
     def _find(self, store: Store, state: RequestState, most: int) -> Lease | None:
-        """A lease of what is known of the first ``most`` tokens; ``None`` while slow tiers are asked or read."""
-        tokens, namespace = state.tokens(most), state.namespace
+        """A lease of what is known of the first ``most`` tokens and the next one; ``None`` while slow tiers are asked or read.
+
+        With that one a text that comes again has the very keys under which it was stored, its short last chunk included, which
+        remote tiers find by its key only.
+        """
+        tokens, namespace = state.tokens(most + 1), state.namespace
         if state.prefetch is not None and not self._read(state):
             return None
         match = store.lookup(tokens, namespace=namespace)
         if match.pending or (match.hit_tokens < most and match.keys[match.full] in self.filling):
             return None  # what another request computed is on its way into the slots
-        slow = {tier: count for tier, count in match.tokens_by_tier().items() if tier != "ram"}
+        slow = _slow_tokens(match)
         if slow and state.prefetches < (1 if store.config.ram_cache else _MOST_READS):
             state.prefetches += 1
-            if self.worth.of(slow):
+            pays = self._worthwhile(store, match)
+            slow = _slow_tokens(pays)
+            if slow:
                 deadlines = {tier.name: tier.deadline_seconds for tier in store.config.slow_tiers("")}
                 now = time.monotonic()
-                state.reading, state.give_up = (slow, now), now + max(deadlines[name] for name in slow)
-                state.prefetch = store.prefetch(match)
+                state.give_up = now + max(deadlines[name] for name in slow)
+                state.prefetch = store.prefetch(pays)
                 if not self._read(state):
                     return None
-                match = store.lookup(tokens, namespace=namespace)
-                slow = {tier: count for tier, count in match.tokens_by_tier().items() if tier != "ram"}
-            else:
-                self._counts.add(computed_instead_tokens=sum(slow.values()))
+            match = store.lookup(tokens, namespace=namespace)
+            slow = _slow_tokens(match)
         if slow:  # what is not in slots by now is computed
             leading = match.runs[0][1] * store.layout.chunk_tokens if match.runs and match.runs[0][0] == "ram" else 0
-            match = store.lookup(tokens[: max(1, min(leading, most))], namespace=namespace)
+            match = store.lookup(tokens[: max(1, min(leading, len(tokens)))], namespace=namespace)
             if not leading:
                 match.runs, match.tail, match.hit_tokens = [], None, 0
         return store.lease(match)
+
+    def _worthwhile(self, store: Store, match: Match) -> Match:
+        """As much of the match as is read quicker than it is computed."""
+        speed = self.computed.tokens_per_second
+        if speed is None:
+            return match
+        pays = store.worthwhile(match, speed)
+        self._counts.add(computed_instead_tokens=sum(_slow_tokens(match).values()) - sum(_slow_tokens(pays).values()))
+        return pays
 
     def _read(self, state: RequestState) -> bool:
         """Whether the slow tiers that are read for a request have answered, or are given up."""
@@ -92,8 +105,10 @@ class Lookups:
             return False
         if not prefetch.done():
             self._counts.add(late_prefetches=1)
-        counts, begun = state.reading
-        for tier, tokens in counts.items():
-            self.worth.read(tier, tokens, now - begun)
         state.prefetch = None
         return True
+
+
+def _slow_tokens(match: Match) -> dict[str, int]:
+    """Tokens of a match by slow tier."""
+    return {tier: count for tier, count in match.tokens_by_tier().items() if tier != "ram"}

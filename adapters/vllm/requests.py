@@ -59,7 +59,6 @@ class RequestState:
         lease: holds what was found until it is loaded.
         looked_at: ``(tokens, generation of the store)`` of the last lookup that found nothing, so as not to repeat it.
         prefetch, give_up: slow tiers being read, and until when they are waited for.
-        reading: tokens that are read, by tier, and since when.
         computing: tokens that are computed before its first answer, and since when.
         prefetches: how often they were read; what is missing still is a miss.
         no_load: a load failed; what is left is computed.
@@ -79,7 +78,6 @@ class RequestState:
     looked_at: tuple[int, int] = (-1, -1)
     prefetch: Future[int] | None = None
     give_up: float = 0.0
-    reading: tuple[dict[str, int], float] = field(default_factory=lambda: ({}, 0.0))
     computing: tuple[int, float] | None = None
     prefetches: int = 0
     no_load: bool = False

@@ -302,7 +302,7 @@ class SchedulerHalf:
         """Learn how long a prompt took once its first answer is there."""
         if state.computing is not None and state.request.num_output_tokens:
             tokens, begun = state.computing
-            self._lookups.worth.computed(tokens, time.monotonic() - begun)
+            self._lookups.computed.add(tokens, time.monotonic() - begun)
             state.computing = None
 
     def _scheduled(self, output: Any) -> Iterable[tuple[RequestState, tuple[int, int]]]:

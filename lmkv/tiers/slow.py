@@ -28,6 +28,7 @@ from .packing import Packer
 from .probing import count_leading
 from .ram import NewChunk
 from .readers import Readers
+from .speed import ReadSpeed
 from .stats import TierStats
 from .writer import Budget, WriteBehind
 
@@ -107,6 +108,8 @@ class SlowTier:
         self.breaker = Breaker(
             self.name, config.breaker_failures, config.breaker_seconds, emit, first_seconds=config.breaker_seconds / 32
         )
+        #: How long loads took, as whoever asked for them saw it.
+        self.speed = ReadSpeed()
         self._threads = config.io_threads
         self._held_back = 0
         chunks = (self._bounded.capacity if self._bounded else settings.capacity) // (self._packer.offset + layout.chunk_bytes)

@@ -159,7 +159,7 @@ def test_slow_tiers_are_waited_for_until_their_deadline(
     wanted = engine.ask([prompt])
     engine.settle()
     assert engine.store.flush(10)
-    for delay, cached in ((0.2, 240), (4.0, 0)):  # whole chunks: such a tier does not list what is near
+    for delay, cached in ((0.2, 249), (4.0, 0)):
         with engine.store._lock:
             engine.store._ram.clear()
         time.sleep(1.1)  # a tier's answer, at first that it has nothing, is believed for a second

@@ -11,7 +11,6 @@ import pytest
 
 from lmkv.adapters.vllm.settings import read_settings
 from lmkv.adapters.vllm.texts import AdapterVersions, must_compute, namespace_of, refusal, text_of, wishes_of
-from lmkv.adapters.vllm.worth import Worth
 from lmkv.chunks import Namespace
 from lmkv.errors import ConfigError
 from lmkv.layout import KVLayout
@@ -142,21 +141,3 @@ def test_settings_of_both_projects(tmp_path: Path) -> None:
 def test_wrong_settings_are_errors(extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_settings(extra, {})
-
-
-def test_slow_tiers_are_read_only_while_that_is_quicker() -> None:
-    worth = Worth()
-    assert worth.of({"disk": 1000})
-    for _ in range(3):
-        worth.computed(1000, 0.1)
-        worth.read("disk", 1000, 0.05)
-        worth.read("far", 1000, 2.0)
-    worth.computed(4, 10.0)  # says more of a step than of the speed
-    assert worth.of({"disk": 1000})
-    assert worth.of({"unknown": 1000})
-    assert worth.of({"disk": 5000, "far": 100})
-    decisions = [worth.of({"far": 1000}) for _ in range(32)]
-    assert decisions.count(True) == 2, "it is tried again now and then"
-    for _ in range(9):
-        worth.read("far", 1000, 0.05)
-    assert worth.of({"far": 1000})
