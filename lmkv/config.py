@@ -6,13 +6,14 @@ then explicit overrides. An unknown key is an error that names the nearest known
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,18 @@ def read_keys(source: str, where: str, environ: Mapping[str, str] | None = None)
     if not keys:
         raise ConfigError(f"{where}: encryption: {source}: expected at least one line with a key; got none")
     return list(keys.items())
+
+
+@contextlib.contextmanager
+def environment_kept() -> Iterator[None]:
+    """Put back what is changed meanwhile: for packages that set variables of the whole process when they are imported."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def parse_yaml(text: str, where: str) -> object:

@@ -35,6 +35,7 @@ ENGINES = {
     "obstore",
     "mooncake",
     "nixl",
+    "infinistore",
     "gguf",
     "matplotlib",
     "rich",

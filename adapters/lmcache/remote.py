@@ -48,10 +48,7 @@ _EXTRA: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(_VALKEY, _VALKEY_OPTIONS),
     "s3": _S3_OPTIONS,
     "mooncakestore": _MOONCAKE_OPTIONS,
-}
-#: Storages of LMCache's that are not here, and why.
-_ABSENT = {
-    "infinistore": "LMKV has no InfiniStore client",
+    "infinistore": {"infinistore_link_type": "link_type"},
 }
 #: ``remote_serde`` -> codec.
 _CODECS = {"naive": "naive", "raw": "raw", "lossless": "lossless", "blosc2": "blosc2"}
@@ -140,9 +137,6 @@ def _tier_of_url(remote: Remote, warn: Callable[[str], None]) -> tuple[dict[str,
     if not there or not scheme:
         raise ConfigError(f"{where}: expected scheme://host:port, such as redis://localhost:6379; got no scheme")
     codec = _codec(remote, warn)
-    if scheme in _ABSENT:
-        warn(f"{where}: {scheme}:// has no effect: {_ABSENT[scheme]}; use redis:// or another storage")
-        return None, {}
     tier: dict[str, object] = {"name": "remote", "url": f"{scheme}://{rest}", "codec": codec}
     if scheme == "mooncakestore" and remote.extra.get("transfer_timeout"):
         tier["deadline_seconds"] = remote.extra["transfer_timeout"]

@@ -26,6 +26,7 @@ _BUILTIN = {
     "rediss-cluster": _REDIS,
     "s3": "lmkv.backends.s3:S3Backend",
     "mooncakestore": "lmkv.backends.mooncake:MooncakeBackend",
+    "infinistore": "lmkv.backends.infinistore:InfiniStoreBackend",
     "nixl": "lmkv.backends.nixl:NixlBackend",
     "file": "lmkv.backends.files:FilesBackend",
     "lm": "lmkv.backends.lm:LmBackend",

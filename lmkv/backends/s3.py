@@ -22,6 +22,7 @@ from ..chunks import ChunkKey
 from ..config import parse_bytes, read_secret
 from ..errors import BackendError, BackendUnavailableError, ConfigError, StoreClosedError
 from .base import BackendSettings, shown_url
+from .place import Place
 
 __all__ = ["S3Backend"]
 
@@ -136,7 +137,7 @@ class S3Backend:
 
     def read_many(self, keys: Sequence[ChunkKey], out: Sequence[memoryview]) -> list[int | None]:
         """See :class:`lmkv.backends.base.Backend`. Values of several parts come in ranges of one version."""
-        places = [_Place(view) for view in out]
+        places = [Place(view) for view in out]
         try:
             calls = [partial(self._get, self._path(key), place) for key, place in zip(keys, places, strict=True)]
             return self._each("read", calls, None, self._deadline)
@@ -144,7 +145,7 @@ class S3Backend:
             for place in places:
                 place.withdraw()
 
-    def _get(self, path: str, place: _Place) -> int | None:
+    def _get(self, path: str, place: Place) -> int | None:
         try:
             got = self._obstore.get(self._store, path, options={"range": (0, self._part)})
         except FileNotFoundError:
@@ -205,29 +206,6 @@ class S3Backend:
             threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(wait=False, cancel_futures=True)
-
-
-class _Place:
-    """Where a value is to go, until its owner wants the memory back."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._lock = threading.Lock()
-        self._view: memoryview | None = view
-        self.room = len(view)
-
-    def put(self, begin: int, size: int, body: Any) -> bool:
-        """Copy ``body``, which must have that size; ``False`` if it has not, or the place was withdrawn."""
-        piece = memoryview(body)
-        with self._lock:
-            if self._view is None or len(piece) != size:
-                return False
-            self._view[begin : begin + size] = piece
-            return True
-
-    def withdraw(self) -> None:
-        """After this nothing is written there any more."""
-        with self._lock:
-            self._view = None
 
 
 def _reason(error: BaseException) -> str:

@@ -24,6 +24,8 @@ _EXTRAS = {
     "transformers": "reuse for Hugging Face models, the demo",
     "aiohttp": "the standalone service",
     "blosc2": "the codec lossless (blosc2)",
+    "cryptography": "encryption of remote tiers",
+    "infinistore": "tiers in an InfiniStore",
     "mooncake-transfer-engine-non-cuda": "tiers in a Mooncake store",
     "nixl": "tiers through NIXL",
     "obstore": "tiers in S3 buckets",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import infinistores
 import known_kv
 import lm_servers
 import mooncakes
@@ -112,10 +114,19 @@ def test_nixl_obj_runs_on_a_bucket(tmp_path: Path) -> None:
         run(path, tier="nixl")
 
 
-def test_infinistore_is_named_as_without_effect() -> None:
-    loaded = load_config(SEEDS / "infinistore.yaml", environ={})
-    assert loaded.config.tiers == ()
-    assert any("infinistore:// has no effect" in line for line in loaded.warnings)
+def test_infinistore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a double of its server and client: a real one needs an RDMA device."""
+    double = infinistores.RdmaDouble()
+    monkeypatch.setitem(sys.modules, "infinistore", double)
+    with infinistores.ControlDouble(double.values) as control:
+        run(with_endpoint("infinistore.yaml", tmp_path, ("127.0.0.1:12345", f"127.0.0.1:{control.port}")))
+    assert double.last["dev_name"] == "mlx5_1"
+    assert double.last["link_type"] == "Ethernet"
+    assert any(name.startswith("lmkv-") for name in double.values.held)
+    (tier,) = load_config(
+        environ={}, overrides={"remote_url": "infinistore://h:1", "extra_config": {"infinistore_link_type": "IB"}}
+    ).config.tiers
+    assert tier.options == {"link_type": "IB"}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ MEANINGS: dict[str, tuple[int | None, float, tuple[str, str, str] | None]] = {
     "mooncake": (16, 2, ("mooncakestore", "mooncakestore://localhost:50051/", "naive")),
     "mooncake-decoder": (16, 2, ("mooncakestore", "mooncakestore://mooncake-master:50052/", "naive")),
     "mooncake-prefiller": (16, 2, ("mooncakestore", "mooncakestore://mooncake-master:50052/", "naive")),
-    "infinistore": (256, 5, None),
+    "infinistore": (256, 5, ("infinistore", "infinistore://127.0.0.1:12345/?device=mlx5_1", "naive")),
     "nixl-posix": (256, 0, ("nixl", "", "raw")),
     "nixl-obj": (256, 0, ("s3", "s3://<your_bucket>", "raw")),
 }
@@ -66,7 +66,6 @@ WARNINGS = {
         """local_cpu enable_pd transfer_channel pd_role pd_peer_host pd_peer_init_port pd_peer_alloc_port pd_buffer_size
         pd_buffer_device"""
     ),
-    "infinistore": ["local_cpu: false", "infinistore:// has no effect: LMKV has no InfiniStore client; use"],
     "nixl-obj": ["OBJ is served by s3://"],
 }
 WARNINGS["p2p-2"] = WARNINGS["p2p-1"]
@@ -87,7 +86,7 @@ def test_tiers_sizes_and_encodings(name: str) -> None:
     assert config.chunk_size == chunk_size
     assert config.ram_capacity == (int(ram * GIB) or DEFAULT_RAM)
     assert config.disk_capacity == 0  # none of them asks for a disk
-    assert config.ram_cache is not name.startswith("mooncake")  # the others say nothing, or name no tier that could be had
+    assert config.ram_cache is not name.startswith(("mooncake", "infinistore"))  # the others say nothing, or name no tier
     assert [(found.backend, found.url, found.codec) for found in config.tiers] == ([tier] if tier else [])
 
 
@@ -143,9 +142,8 @@ def test_every_example_of_a_remote_url() -> None:
         loaded = load_config(environ={}, overrides=yaml.safe_load(line))
         found[line.split('"')[1]] = [tier.backend for tier in loaded.config.tiers] or list(loaded.warnings)
     scheme = {url.partition(":")[0]: backends for url, backends in found.items()}
-    for name in ("redis", "redis-sentinel", "lm", "mooncakestore"):
+    for name in ("redis", "redis-sentinel", "lm", "mooncakestore", "infinistore"):
         assert scheme[name] == [name]
-    assert "infinistore:// has no effect" in scheme["infinistore"][0]
     assert len(lines) == 5
 
 
