@@ -15,7 +15,18 @@ from typing import Any, Protocol, runtime_checkable
 from ..chunks import ChunkKey
 from ..layout import KVLayout
 
-__all__ = ["AsksEach", "Backend", "BackendSettings", "Bounded", "Clearable", "Entry", "LocalIndex", "Syncing", "shown_url"]
+__all__ = [
+    "AsksEach",
+    "Backend",
+    "BackendSettings",
+    "Bounded",
+    "Clearable",
+    "Creating",
+    "Entry",
+    "LocalIndex",
+    "Syncing",
+    "shown_url",
+]
 
 
 def _tell_nobody(operation: str, reason: str) -> None:
@@ -163,6 +174,14 @@ class AsksEach(Protocol):
 
     #: Requests that it keeps under way at once.
     probe_concurrency: int
+
+
+@runtime_checkable
+class Creating(Protocol):
+    """A backend that can leave alone what another writer stored meanwhile."""
+
+    def create_many(self, keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
+        """As :meth:`Backend.write_many`, but a key that is there already keeps its value, as far as the storage can tell."""
 
 
 @runtime_checkable

@@ -73,6 +73,7 @@ class S3Backend:
         #: Requests that a call keeps under way; also how many keys a lookup asks for at first.
         self.probe_concurrency = _concurrency(where, options.get("concurrency", 16))
         self._obstore, self._store = _open(where, parts.netloc, options, self._deadline)
+        self._conditional = True
         self._lock = threading.Lock()
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         self._closed = False
@@ -171,12 +172,36 @@ class S3Backend:
         Raises:
             BackendUnavailableError: some were not stored.
         """
+        self._store_all(self._put, keys, data)
 
-        def put(path: str, piece: memoryview) -> bool:
-            large = len(piece) > 2 * self._part
-            self._obstore.put(self._store, path, piece, use_multipart=large, chunk_size=self._part, max_concurrency=4)
-            return True
+    def create_many(self, keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
+        """See :class:`lmkv.backends.base.Creating`. Puts are conditional (``If-None-Match``), but for multipart uploads.
 
+        Raises:
+            BackendUnavailableError: some were not stored.
+        """
+        self._store_all(self._create, keys, data)
+
+    def _put(self, path: str, piece: memoryview) -> bool:
+        large = len(piece) > 2 * self._part
+        self._obstore.put(self._store, path, piece, use_multipart=large, chunk_size=self._part, max_concurrency=4)
+        return True
+
+    def _create(self, path: str, piece: memoryview) -> bool:
+        if not self._conditional or len(piece) > 2 * self._part:
+            return self._put(path, piece)
+        try:
+            self._obstore.put(self._store, path, piece, mode="create", use_multipart=False)
+        except self._obstore.exceptions.AlreadyExistsError:
+            pass
+        except Exception as error:  # whether the storage knows the condition is in the text only
+            if "501" not in str(error) and not isinstance(error, NotImplementedError):
+                raise
+            self._conditional = False  # it is not asked again
+            return self._put(path, piece)
+        return True
+
+    def _store_all(self, put: Callable[[str, memoryview], bool], keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
         calls = [partial(put, self._path(key), piece) for key, piece in zip(keys, data, strict=True)]
         stored = self._each("write", calls, False, self._deadline * max(1, len(keys)))
         if not all(stored):

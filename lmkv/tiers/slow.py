@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..backends.base import AsksEach, Backend, Bounded, Clearable, LocalIndex, Syncing
+from ..backends.base import AsksEach, Backend, Bounded, Clearable, Creating, LocalIndex, Syncing
 from ..chunks import TOKEN_BYTES, ChunkKey
 from ..config import StoreConfig, TierConfig
 from ..errors import CapacityError, ConfigError, CorruptRecordError
@@ -84,6 +84,7 @@ class SlowTier:
         self._capacity = settings.capacity
         self.layout = layout
         self.backend = backend
+        self._create = backend.create_many if isinstance(backend, Creating) else backend.write_many
         self.local = backend if isinstance(backend, LocalIndex) else None
         self.evictions = self.read_chunks = self.written_chunks = 0
         self._moved = {"read": [0, 0.0], "write": [0, 0.0]}  # bytes, seconds
@@ -305,7 +306,7 @@ class SlowTier:
         keys = [chunk.key for chunk in chunks]
         for attempt in range(attempts):
             try:
-                self.backend.write_many(keys, records)
+                self._create(keys, records)
                 return True
             except CapacityError:
                 if attempt > 1:  # room that was made may stay taken for as long as somebody reads there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import weed
 
 from lmkv.backends import Backend, BackendSettings, open_backend
-from lmkv.backends.base import AsksEach, Clearable
+from lmkv.backends.base import AsksEach, Clearable, Creating
 from lmkv.chunks import ChunkKey
 from lmkv.errors import BackendUnavailableError, ConfigError
 from lmkv.layout import KVLayout
@@ -78,6 +79,52 @@ def test_values_of_several_parts(backend: Backend, megabytes: float) -> None:
 def test_it_says_that_keys_cost_requests(backend: Any) -> None:
     assert isinstance(backend, AsksEach)
     assert backend.probe_concurrency == 16
+
+
+def test_the_first_of_two_writers_stays(backend: Any) -> None:
+    assert isinstance(backend, Creating)
+    out = memoryview(bytearray(100))
+    backend.create_many([key(1)], [memoryview(b"first")])
+    backend.create_many([key(1), key(2)], [memoryview(b"second"), memoryview(b"other")])
+    assert backend.read_many([key(1)], [out]) == [5]
+    assert out[:5] == b"first"
+    assert backend.contains_many([key(2)]) == [True]
+    backend.write_many([key(1)], [memoryview(b"replaced")])
+    assert backend.read_many([key(1)], [out]) == [8]
+
+
+def test_several_create_one_value_at_once(backend: Any) -> None:
+    start, values = threading.Barrier(6), [bytes([i]) * 300_000 for i in range(6)]
+
+    def write(value: bytes) -> None:
+        start.wait(30)
+        backend.create_many([key(5)], [memoryview(value)])
+
+    threads = [threading.Thread(target=write, args=(value,)) for value in values]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    out = memoryview(bytearray(300_000))
+    assert backend.read_many([key(5)], [out]) == [300_000]
+    first = bytes(out)
+    assert first in values
+    backend.create_many([key(5)], [memoryview(values[0] if first != values[0] else values[1])])
+    assert backend.read_many([key(5)], [out]) == [300_000]
+    assert out == first
+
+
+def test_a_storage_without_conditions_is_told_them_once(server: weed.S3Server) -> None:
+    with weed.WithoutConditions(server) as older:
+        backend = open_backend("s3", settings(f"s3://kv-cache/older?endpoint={older.endpoint}", **LOGIN))
+        for number in range(4):
+            backend.create_many([key(number)], [memoryview(b"value")])
+            count = older.refused
+            assert count > 0
+        backend.create_many([key(9)], [memoryview(b"value")])
+        assert older.refused == count, "it is not asked again"
+        assert all(backend.contains_many([key(number) for number in (0, 1, 2, 3, 9)]))
+        backend.close()
 
 
 def test_clear_removes_its_own_prefix_only(backend: Any, server: weed.S3Server) -> None:

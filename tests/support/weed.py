@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import obstore
 import servers
 from obstore.store import S3Store
 
-__all__ = ["ACCESS", "SECRET", "S3Server", "s3_server"]
+__all__ = ["ACCESS", "SECRET", "S3Server", "WithoutConditions", "s3_server"]
 
 ACCESS, SECRET = "test-access", "test-secret-value"
 
@@ -91,3 +94,50 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         yield server.start()
     finally:
         server.kill()
+
+
+class WithoutConditions:
+    """In front of a server: conditional puts are refused as storages do that know none; everything else passes."""
+
+    def __init__(self, server: S3Server) -> None:
+        outer, self.refused = self, 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _pass(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if "If-None-Match" in self.headers:
+                    outer.refused += 1
+                    self.send_response(501)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                behind = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+                behind.request(self.command, self.path, body, dict(self.headers))
+                answer = behind.getresponse()
+                data = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+                behind.close()
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass  # noqa: N815  named by the library
+
+            def log_message(self, *_: object) -> None:
+                """Silence."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> WithoutConditions:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
