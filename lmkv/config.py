@@ -156,7 +156,7 @@ class TierConfig:
         admission: ``all``, or ``second`` to write only what was stored or used before, so that prompts that never come again
             do not reach the device.
         options: handed to the backend, which refuses what it does not know.
-        encryption: where the keys are that records are encrypted with, ``file:/path`` or ``env:NAME`` (:func:`read_keys`);
+        encryption: where the keys are that records are encrypted with, ``file:/path`` or ``env:NAME`` (docs/remote.md);
             ``off`` for none; as the store's ``encryption`` by default.
     """
 
@@ -230,6 +230,8 @@ class StoreConfig:
     Conduct:
         tiers: further slow tiers, in order.
         encryption: as for ``tiers``, for all of them; the disk tier is not encrypted.
+        peer_listen: ``host:port`` where other stores, with tiers ``nixl://host:port``, read what is in RAM here; "" for nobody.
+        peer_token: what they have to show, ``file:/path`` or ``env:NAME``; needed where others than this machine can connect.
         lease_seconds: how long a lease holds without renewal.
         deadline_seconds: how long one disk operation may take before it counts as a miss.
         write_queue: chunks that may wait to be written to one slow tier; beyond it the oldest are dropped.
@@ -269,6 +271,8 @@ class StoreConfig:
     disk_ttl_seconds: float = 0.0
     tiers: tuple[TierConfig, ...] = ()
     encryption: str = ""
+    peer_listen: str = ""
+    peer_token: str = ""
     lease_seconds: float = 60.0
     deadline_seconds: float = 10.0
     write_queue: int = 4096
@@ -394,7 +398,7 @@ class StoreConfig:
 
 
 #: ``LMKV_*`` variables that are no keys of a store's configuration: secrets, which it only points to.
-_FOREIGN = ("LMKV_TOKEN", "LMKV_ENCRYPTION_KEYS")
+_FOREIGN = ("LMKV_TOKEN", "LMKV_ENCRYPTION_KEYS", "LMKV_PEER_SECRET")
 
 
 def service_token(environ: Mapping[str, str] | None = None) -> str | None:
@@ -427,38 +431,18 @@ def read_secret(options: Mapping[str, object], name: str, where: str, environ: M
     return value
 
 
-_KEY_LINE = re.compile(r"([A-Za-z0-9._-]{1,16})[ \t]+([0-9a-fA-F]{64})")
-
-
-def read_keys(source: str, where: str, environ: Mapping[str, str] | None = None) -> list[tuple[str, bytes]]:
-    """Keys for encryption: id and 32 bytes of each, in order.
-
-    Args:
-        source: ``file:/path`` or ``env:NAME``. There, one key a line (in a variable also separated by commas): its id, of up to
-            16 letters, digits, ``.``, ``_`` and ``-``, a blank, and 64 hexadecimal digits. ``#`` begins a comment line.
+def read_secret_source(name: str, source: str, environ: Mapping[str, str] | None = None) -> str:
+    """What ``file:/path`` or ``env:NAME`` points to; "" for "".
 
     Raises:
-        ConfigError: nothing readable is there, or no keys. What is there is not repeated.
+        ConfigError: nothing readable is there, or it is neither. What is there is not repeated.
     """
-    kind, _, name = source.partition(":")
-    if kind not in ("file", "env") or not name:
-        raise ConfigError(f"{where}: encryption: expected file:/path or env:NAME, never a key itself; got something else")
-    text = read_secret({f"keys_{kind}": name}, "keys", f"{where}: encryption", environ) or ""
-    keys: dict[str, bytes] = {}
-    for number, line in enumerate(text.replace(",", "\n").splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        found = _KEY_LINE.fullmatch(line)
-        if found is None or found[1] in keys:
-            wrong = "an id that came before" if found else "something else"
-            raise ConfigError(
-                f"{where}: encryption: {source}: line {number}: expected an id, a blank and 64 hexadecimal digits; got {wrong}"
-            )
-        keys[found[1]] = bytes.fromhex(found[2])
-    if not keys:
-        raise ConfigError(f"{where}: encryption: {source}: expected at least one line with a key; got none")
-    return list(keys.items())
+    if not source:
+        return ""
+    kind, _, place = source.partition(":")
+    if kind not in ("file", "env") or not place:
+        raise ConfigError(f"{name}: expected file:/path or env:NAME, never the secret itself; got something else")
+    return read_secret({f"secret_{kind}": place}, "secret", name, environ) or ""
 
 
 @contextlib.contextmanager

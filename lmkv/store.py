@@ -25,6 +25,7 @@ from .handles import Lease, Match, Reservation, Slot, Stats
 from .index import Node
 from .layout import KVLayout
 from .loading import Loader
+from .peers import PeerServer
 from .tiers import NewChunk, RamTier, SlowTier, Write, open_tier
 from .transfer import Part, Pins, as_access, gather, scatter
 from .worth import worthwhile
@@ -89,6 +90,9 @@ class Store:
         self._finder = Finder(self._lock, self._ram, self._slow)
         _open_stores.add(self)
         self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, self._finder.held, self._emit)
+        self._peers: PeerServer | None = None
+        if config.peer_listen:
+            self._peers = PeerServer(config, layout, self._lock, self._ram, self._unpin)
         if any(tier.holds_something() for tier in self._slow):
             with self._lock:
                 self._ram.prepare()
@@ -472,6 +476,8 @@ class Store:
             if self._closed:
                 return
             self._closed = True
+        if self._peers is not None:
+            self._peers.close()
         for tier in self._slow:
             tier.close(timeout)
         with self._lock:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 #: Parts of the package, each importing only from those before it; the launchers at the end name adapters, nobody else does.
 ORDER = [
     "_native", "errors", "layout", "config", "events", "_plugins", "chunks", "record", "codecs", "eviction", "index", "pool",
-    "backends", "transfer", "tiers", "handles", "worth", "loading", "finding", "store", "aio", "testing", "adapters", "cli",
-    "standalone",
+    "backends", "transfer", "tiers", "handles", "worth", "loading", "finding", "peers", "store", "aio", "testing",
+    "adapters", "cli", "standalone",
 ]  # fmt: skip
 LAUNCHERS = ("cli", "standalone")
 OUTSIDE = ("adapters", *LAUNCHERS)

@@ -27,7 +27,7 @@ _BUILTIN = {
     "s3": "lmkv.backends.s3:S3Backend",
     "mooncakestore": "lmkv.backends.mooncake:MooncakeBackend",
     "infinistore": "lmkv.backends.infinistore:InfiniStoreBackend",
-    "nixl": "lmkv.backends.nixl:NixlBackend",
+    "nixl": "lmkv.backends.nixl:open_nixl",
     "file": "lmkv.backends.files:FilesBackend",
     "lm": "lmkv.backends.lm:LmBackend",
 }

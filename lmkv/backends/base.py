@@ -24,6 +24,7 @@ __all__ = [
     "Creating",
     "Entry",
     "LocalIndex",
+    "ReadOnly",
     "Syncing",
     "shown_url",
 ]
@@ -182,6 +183,13 @@ class Creating(Protocol):
 
     def create_many(self, keys: Sequence[ChunkKey], data: Sequence[memoryview]) -> None:
         """As :meth:`Backend.write_many`, but a key that is there already keeps its value, as far as the storage can tell."""
+
+
+@runtime_checkable
+class ReadOnly(Protocol):
+    """A backend that a tier writes nothing to and deletes nothing from."""
+
+    read_only: bool
 
 
 @runtime_checkable

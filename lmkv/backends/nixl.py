@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import difflib
 import errno
-import mmap
 import os
 import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..errors import BackendUnavailableError, ConfigError, StoreClosedError
-from .base import BackendSettings
+from .base import Backend, BackendSettings
 from .files import FilesBackend
+from .nixl_agent import FILE_PLUGINS, Agent, address_of, plugin_states
+from .peer import PeerBackend
 
-__all__ = ["NixlBackend", "plugin_states"]
+__all__ = ["NixlBackend", "open_nixl"]
 
-#: Plugins that move between memory and files.
-FILE_PLUGINS = ("POSIX", "GDS", "GDS_MT", "HF3FS")
 _KNOWN = ("plugin", "path", "direct_io", "params")
 _ALIGNMENT = 4096
-#: Levels of Python's logging, which the core does not import.
-_INFO, _WARNING = 20, 30
+
+
+def open_nixl(settings: BackendSettings) -> Backend:
+    """A directory, or with a URL ``nixl://host:port`` the slots of another store.
+
+    Raises:
+        ConfigError: as of :class:`NixlBackend` and :class:`lmkv.backends.peer.PeerBackend`.
+    """
+    return PeerBackend(settings) if settings.url else NixlBackend(settings)
 
 
 class NixlBackend(FilesBackend):
@@ -74,14 +75,15 @@ class NixlBackend(FilesBackend):
                 f"{where}: expected a NIXL plugin that loads here; {self._plugin} does not ({error}); these do: {able}"
             ) from None
 
-    def _agent_of_this_thread(self) -> _Agent:
+    def _agent_of_this_thread(self) -> Agent:
         agent = getattr(self._local, "agent", None)
         if agent is None:
-            agent = self._local.agent = _Agent(self._plugin, self._params)
+            name = f"lmkv-{os.getpid()}-{threading.get_ident()}"
+            agent = self._local.agent = Agent(name, self._plugin, self._params)
         return agent
 
     def _flags(self, view: memoryview, size: int) -> int:
-        aligned = size and size % _ALIGNMENT == 0 and _address(view) % _ALIGNMENT == 0
+        aligned = size and size % _ALIGNMENT == 0 and address_of(view) % _ALIGNMENT == 0
         return os.O_DIRECT if self._direct and aligned else 0
 
     def _fill(self, file: int, out: memoryview) -> bool:
@@ -98,7 +100,7 @@ class NixlBackend(FilesBackend):
             return
         agent = self._agent_of_this_thread()
         try:
-            agent.move(operation, file, view)
+            _move(agent, operation, file, view)
         except agent.errors as error:
             if operation == "WRITE" and os.fstat(file).st_size < len(view):
                 room = os.fstatvfs(file)
@@ -112,90 +114,13 @@ class NixlBackend(FilesBackend):
         self._local = threading.local()
 
 
-class _Agent:
-    """A NIXL agent of one thread, with one plugin."""
-
-    def __init__(self, plugin: str, params: Mapping[str, str]) -> None:
-        api = _library()
-        self.errors: tuple[type[BaseException], ...] = (RuntimeError, ValueError, *_error_classes(api))
-        self._name = f"lmkv-{os.getpid()}-{threading.get_ident()}"
-        self._plugin = plugin
-        self._agent = api.nixl_agent(self._name, api.nixl_agent_config(enable_prog_thread=False, backends=[]))
-        self._kept: dict[int, object] = {}
+def _move(agent: Agent, operation: str, file: int, view: memoryview) -> None:
+    """Move a whole view from or to the beginning of a file."""
+    api = agent.api
+    with agent.registered(view):
+        there = api.register_memory([(0, len(view), file, "")], "FILE", [agent.plugin])
         try:
-            self._agent.create_backend(plugin, dict(params))
-        except self.errors as error:
-            raise BackendUnavailableError(str(error)) from None
-
-    @contextmanager
-    def _registered(self, view: memoryview) -> Iterator[None]:
-        owner = view.obj
-        if id(owner) in self._kept:
-            yield
-            return
-        whole = memoryview(owner).cast("B") if isinstance(owner, mmap.mmap) else view
-        held = self._agent.register_memory([(_address(whole), len(whole), 0, "")], "DRAM", [self._plugin])
-        if isinstance(owner, mmap.mmap):
-            self._kept[id(owner)] = owner
-            yield
-            return
-        try:
-            yield
+            here = api.get_xfer_descs([(address_of(view), len(view), 0)], "DRAM")
+            agent.transfer(operation, here, there.trim(), agent.name)
         finally:
-            self._agent.deregister_memory(held)
-
-    def move(self, operation: str, file: int, view: memoryview) -> None:
-        """Move a whole view from or to the beginning of a file."""
-        agent = self._agent
-        with self._registered(view):
-            there = agent.register_memory([(0, len(view), file, "")], "FILE", [self._plugin])
-            try:
-                here = agent.get_xfer_descs([(_address(view), len(view), 0)], "DRAM")
-                handle = agent.initialize_xfer(operation, here, there.trim(), self._name, b"", [self._plugin])
-                try:
-                    state = agent.transfer(handle)
-                    while state == "PROC":
-                        time.sleep(5e-5)
-                        state = agent.check_xfer_state(handle)
-                finally:
-                    agent.release_xfer_handle(handle)
-            finally:
-                agent.deregister_memory(there)
-        if state != "DONE":
-            raise RuntimeError(f"the transfer ended as {state}")
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) if len(view) else 0
-
-
-def _library() -> Any:
-    try:
-        import nixl._api
-    except ImportError as error:
-        raise ConfigError(f"expected the package nixl; got: {error}: pip install 'lmkv[nixl]'") from None
-    logger = nixl._api.logger
-    if logger.getEffectiveLevel() == _INFO:  # its default, on standard output, where programs write their results
-        logger.setLevel(_WARNING)
-    return nixl._api
-
-
-def _error_classes(api: Any) -> tuple[type[BaseException], ...]:
-    bindings = vars(api.nixlBind)
-    return tuple(kind for name, kind in bindings.items() if name.endswith("Error") and isinstance(kind, type))
-
-
-def plugin_states() -> dict[str, str]:
-    """NIXL's plugins for storage: name -> why it does not load here, empty if it does.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
-    states: dict[str, str] = {}
-    for plugin in FILE_PLUGINS:
-        try:
-            _Agent(plugin, {})
-            states[plugin] = ""
-        except BackendUnavailableError as error:
-            states[plugin] = str(error)
-    return states
+            api.deregister_memory(there)

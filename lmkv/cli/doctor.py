@@ -73,7 +73,7 @@ def _memory() -> str:
 
 
 def _nixl_plugins() -> str:
-    from ..backends.nixl import plugin_states
+    from ..backends.nixl_agent import plugin_states
 
     try:
         states = plugin_states()

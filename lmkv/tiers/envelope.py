@@ -7,15 +7,17 @@ not open. The format is specified in ``docs/format.md``.
 
 from __future__ import annotations
 
+import re
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config import read_secret_source
 from ..errors import ConfigError, CorruptRecordError
 from .ram import NewChunk
 
-__all__ = ["OVERHEAD", "Envelope"]
+__all__ = ["OVERHEAD", "Envelope", "read_keys"]
 
 _MAGIC = b"LMKVENC\0"
 _VERSION = 1
@@ -102,3 +104,34 @@ class Envelope:
                 f"expected a record that key {name.decode()} opens; it does not: altered, another chunk's, or another key"
             ) from None
         return int(size)
+
+
+_KEY_LINE = re.compile(r"([A-Za-z0-9._-]{1,16})[ \t]+([0-9a-fA-F]{64})")
+
+
+def read_keys(source: str, where: str, environ: Mapping[str, str] | None = None) -> list[tuple[str, bytes]]:
+    """Keys for encryption: id and 32 bytes of each, in order.
+
+    Args:
+        source: ``file:/path`` or ``env:NAME``. There, one key a line (in a variable also separated by commas): its id, of up to
+            16 letters, digits, ``.``, ``_`` and ``-``, a blank, and 64 hexadecimal digits. ``#`` begins a comment line.
+
+    Raises:
+        ConfigError: nothing readable is there, or no keys. What is there is not repeated.
+    """
+    text = read_secret_source(f"{where}: encryption", source, environ)
+    keys: dict[str, bytes] = {}
+    for number, line in enumerate(text.replace(",", "\n").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        found = _KEY_LINE.fullmatch(line)
+        if found is None or found[1] in keys:
+            wrong = "an id that came before" if found else "something else"
+            raise ConfigError(
+                f"{where}: encryption: {source}: line {number}: expected an id, a blank and 64 hexadecimal digits; got {wrong}"
+            )
+        keys[found[1]] = bytes.fromhex(found[2])
+    if not keys:
+        raise ConfigError(f"{where}: encryption: {source}: expected at least one line with a key; got none")
+    return list(keys.items())

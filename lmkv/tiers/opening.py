@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..backends import BackendSettings, open_backend
-from ..backends.base import LocalIndex
-from ..config import StoreConfig, TierConfig, read_keys
+from ..backends.base import LocalIndex, ReadOnly
+from ..config import StoreConfig, TierConfig
 from ..errors import ConfigError
 from ..events import Emitter
 from ..index import Node
 from ..layout import KVLayout
-from .envelope import Envelope
+from .envelope import Envelope, read_keys
 from .slow import SlowTier
 
 __all__ = ["open_tier"]
@@ -56,6 +56,10 @@ def open_tier(
         ),
     )
     try:
+        if isinstance(backend, ReadOnly):
+            if settings.encryption not in ("", "off"):
+                raise ConfigError(f"{where}: encryption: expected none for a peer, which lends records as they are in its RAM")
+            envelope = None
         if envelope is not None and isinstance(backend, LocalIndex):
             raise ConfigError(
                 f"{where}: encryption: expected a storage that keeps records without reading them; the index of "

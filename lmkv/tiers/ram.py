@@ -226,6 +226,10 @@ class RamTier:
         """Where the chunk in a slot begins in its text."""
         return self._starts[slot]
 
+    def root_of(self, slot: int) -> ChunkKey | None:
+        """The root of the namespace that the chunk in a slot belongs to."""
+        return next((root for root, number in self._root_numbers.items() if number == self._roots[slot]), None)
+
     def has_root(self, slot: int, root: ChunkKey) -> bool:
         """Whether the chunk in a slot belongs to the namespace of that root."""
         return self._roots[slot] == self._root_numbers.get(root, -1)

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..backends.base import AsksEach, Backend, Bounded, Clearable, Creating, LocalIndex, Syncing
+from ..backends.base import AsksEach, Backend, Bounded, Clearable, Creating, LocalIndex, ReadOnly, Syncing
 from ..chunks import TOKEN_BYTES, ChunkKey
 from ..config import StoreConfig, TierConfig
 from ..errors import CapacityError, ConfigError, CorruptRecordError
@@ -226,6 +226,9 @@ class SlowTier:
 
     def offer(self, writes: Sequence[Write]) -> None:
         """Queue a text's chunks that were just committed, as far as they are admitted; never waits. Under the store's lock."""
+        if isinstance(self.backend, ReadOnly):
+            self._release([write.node for write in writes if write.node is not None])
+            return
         if self._seen is not None:
             count = self._seen.admit([write.node.key for write in writes if write.node is not None])
             self._release([write.node for write in writes[count:] if write.node is not None])

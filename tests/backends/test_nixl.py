@@ -16,7 +16,7 @@ import pytest
 
 from lmkv.backends import Backend, BackendSettings, open_backend
 from lmkv.backends.base import Clearable
-from lmkv.backends.nixl import plugin_states
+from lmkv.backends.nixl_agent import plugin_states
 from lmkv.chunks import ChunkKey
 from lmkv.errors import ConfigError
 from lmkv.layout import KVLayout

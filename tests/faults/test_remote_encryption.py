@@ -16,9 +16,8 @@ from remote_client import LAYOUT, TEXT, other_text
 import lmkv
 from lmkv.backends.redis.target import DEFAULT_PART
 from lmkv.chunks import TOKEN_BYTES
-from lmkv.config import read_keys
 from lmkv.errors import ConfigError
-from lmkv.tiers.envelope import OVERHEAD
+from lmkv.tiers.envelope import OVERHEAD, read_keys
 
 pytest.importorskip("cryptography")
 A, B = "a7" * 32, "b8" * 32
