@@ -42,6 +42,8 @@ _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 ENV_PREFIX = "LMKV_"
 CONFIG_FILE_VARIABLE = "LMKV_CONFIG_FILE"
+#: Says whether SGLang's ``--enable-lmcache`` is served by LMKV.
+SGLANG_VARIABLE = "LMKV_SGLANG"
 
 _BYTES = {"bytes": True}
 _LIST = {"list": True}
@@ -397,8 +399,8 @@ class StoreConfig:
         return cls(**typing.cast(dict[str, Any], data))
 
 
-#: ``LMKV_*`` variables that are no keys of a store's configuration: secrets, which it only points to.
-_FOREIGN = ("LMKV_TOKEN", "LMKV_ENCRYPTION_KEYS", "LMKV_PEER_SECRET")
+#: ``LMKV_*`` variables that are no keys of a store's configuration: secrets, which it only points to, and an adapter's own.
+_FOREIGN = ("LMKV_TOKEN", "LMKV_ENCRYPTION_KEYS", "LMKV_PEER_SECRET", SGLANG_VARIABLE)
 
 
 def service_token(environ: Mapping[str, str] | None = None) -> str | None:

@@ -6,7 +6,6 @@ Keys of ``kv_connector_extra_config`` are ``lmkv.<key>`` or ``lmcache.<key>``; a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,20 +14,17 @@ from typing import Any
 
 from ...config import StoreConfig
 from ...errors import ConfigError
-from ..lmcache import load_config
+from ..engine_config import flag, folder_fingerprint, load_beside_engine, plain, whole_number
 
 __all__ = ["Settings", "read_settings"]
 
-_GIB = 1024**3
-#: Room for slots where nothing says how much, as users of such caches know it.
-_RAM_CAPACITY = 5 * _GIB
+_WHERE = "kv_connector_extra_config"
 
 #: Keys that configurations for other connectors carry and that mean nothing here.
 _IGNORED = (
     *("lmcache_rpc_port", "discard_partial_chunks", "skip_last_n_tokens", "use_native", "max_tokens_per_load"),
     *("mp.host", "mp.port", "enable_cache_usage_details_in_response"),
 )
-_SAMPLE = 64 * 1024  # bytes read at the begin, middle and end of a weight file
 _CHOICES = {"load": ("auto", "sync", "async"), "pin": ("background", "start")}
 
 
@@ -57,34 +53,22 @@ class Settings:
     warnings: tuple[str, ...] = ()
 
 
-def _flag(name: str, value: object) -> bool:
-    text = str(value).strip().lower()
-    if text in ("true", "yes", "on", "1"):
-        return True
-    if text in ("false", "no", "off", "0"):
-        return False
-    raise ConfigError(f"kv_connector_extra_config: {name}: expected true or false; got {value!r}")
-
-
 def _own(extra: dict[str, object]) -> dict[str, Any]:
     """The connector's own keys, taken out of ``extra``."""
     own: dict[str, Any] = {}
     for name in ("layerwise", "save_decode_cache", "log_requests"):
         if name in extra:
-            own[name] = _flag(name, extra.pop(name))
+            own[name] = flag(f"{_WHERE}: {name}", extra.pop(name))
     if "use_layerwise" in extra:
-        own.setdefault("layerwise", _flag("use_layerwise", extra.pop("use_layerwise")))
+        own.setdefault("layerwise", flag(f"{_WHERE}: use_layerwise", extra.pop("use_layerwise")))
     for name, choices in _CHOICES.items():
         if name in extra:
             own[name] = str(extra.pop(name))
             if own[name] not in choices:
-                raise ConfigError(f"kv_connector_extra_config: {name}: expected one of {', '.join(choices)}; got {own[name]!r}")
+                raise ConfigError(f"{_WHERE}: {name}: expected one of {', '.join(choices)}; got {own[name]!r}")
     for name in ("min_load_tokens", "min_retrieve_tokens"):
         if name in extra:
-            value = extra.pop(name)
-            if isinstance(value, bool) or not str(value).isdigit() or int(str(value)) < 1:
-                raise ConfigError(f"kv_connector_extra_config: {name}: expected a whole number of at least 1; got {value!r}")
-            own.setdefault("min_load_tokens", int(str(value)))
+            own.setdefault("min_load_tokens", whole_number(f"{_WHERE}: {name}", extra.pop(name)))
     return own
 
 
@@ -104,20 +88,15 @@ def read_settings(extra_config: Mapping[str, object], environ: Mapping[str, str]
         if name in _IGNORED:
             continue
         if name in extra and extra[name] != value:
-            raise ConfigError(f"kv_connector_extra_config: expected one value for {name}; got {extra[name]!r} and {value!r}")
+            raise ConfigError(f"{_WHERE}: expected one value for {name}; got {extra[name]!r} and {value!r}")
         extra[name] = value
     own = _own(extra)
-    loaded = load_config(environ=env, overrides=extra)
-    changes: dict[str, Any] = {}
-    if "ram_capacity" not in loaded.given:
-        changes["ram_capacity"] = _RAM_CAPACITY
-    if not loaded.given & {"disk_capacity", "disk_path", "disk_paths"}:
-        changes["disk_capacity"] = 0
+    config, loaded = load_beside_engine(None, env, extra)
     for name in ("use_layerwise", "save_decode_cache"):
         written = env.get(f"LMCACHE_{name.upper()}")
         if written:
-            own.setdefault("layerwise" if name == "use_layerwise" else name, _flag(name, written))
-    return Settings(dataclasses.replace(loaded.config, **changes), warnings=loaded.warnings, **own)
+            own.setdefault("layerwise" if name == "use_layerwise" else name, flag(f"LMCACHE_{name.upper()}", written))
+    return Settings(config, warnings=loaded.warnings, **own)
 
 
 def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[StoreConfig, str]:
@@ -125,12 +104,12 @@ def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     named = {
-        "weights": _weights_fingerprint(str(model.model)),
+        "weights": folder_fingerprint(str(model.model)),
         "load_format": str(vllm_config.load_config.load_format),
         "quantization": str(getattr(model, "quantization", None)),
         "cache_dtype": str(cache.cache_dtype),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "hf_overrides": _plain(getattr(model, "hf_overrides", None)),
+        "hf_overrides": plain(getattr(model, "hf_overrides", None)),
     }
     if named["load_format"].endswith("dummy"):
         named["seed"] = str(model.seed)
@@ -139,36 +118,7 @@ def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[
         config,
         model=config.model or (Path(str(model.model)).name if named["weights"] else str(model.model)),
         revision=config.revision or str(model.revision or ""),
-        rope=config.rope or _plain(rope),
+        rope=config.rope or plain(rope),
         ram_shared=config.ram_shared or shared,
     )
     return changed, "vllm:" + ";".join(f"{name}={value}" for name, value in named.items() if value not in ("", "None"))
-
-
-def _plain(value: object) -> str:
-    """A stable text of nested settings; callables have none and count by their name."""
-    if not value:
-        return ""
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_plain(value[key]) or value[key]!r}" for key in sorted(value, key=str)) + "}"
-    return repr(value)
-
-
-def _weights_fingerprint(model: str) -> str:
-    """What tells two versions of a local model folder apart, wherever it lies: sizes and samples of its files."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".bin", ".pt", ".gguf") and path.name != "config.json":
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            for at in sorted({0, max(0, size // 2 - _SAMPLE), max(0, size - _SAMPLE)}):
-                file.seek(at)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""What adapters for engines share of settings: a store's defaults beside an engine, and texts that name a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import StoreConfig
+from ..errors import ConfigError
+from .lmcache import Loaded, load_config
+
+__all__ = ["RAM_CAPACITY", "flag", "folder_fingerprint", "load_beside_engine", "plain", "whole_number"]
+
+_GIB = 1024**3
+#: Room for slots where nothing says how much, as users of such caches know it.
+RAM_CAPACITY = 5 * _GIB
+_SAMPLE = 64 * 1024  # bytes read at the begin, middle and end of a weight file
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_DESCRIPTIONS = ("config.json", "adapter_config.json")
+
+
+def load_beside_engine(
+    path: str | None, environ: Mapping[str, str], overrides: Mapping[str, object]
+) -> tuple[StoreConfig, Loaded]:
+    """A store's config as :func:`lmkv.adapters.lmcache.load_config` reads it, with the defaults of a cache beside an engine.
+
+    Unless something asks for it there is no disk tier, and the RAM tier has 5 GiB.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one, or a wrong value.
+    """
+    loaded = load_config(path, environ=environ, overrides=overrides)
+    changes: dict[str, Any] = {}
+    if "ram_capacity" not in loaded.given:
+        changes["ram_capacity"] = RAM_CAPACITY
+    if not loaded.given & {"disk_capacity", "disk_path", "disk_paths"}:
+        changes["disk_capacity"] = 0
+    return dataclasses.replace(loaded.config, **changes), loaded
+
+
+def flag(where: str, value: object) -> bool:
+    """A truth value as people write it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise ConfigError(f"{where}: expected true or false; got {value!r}")
+
+
+def whole_number(where: str, value: object) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, bool) or not str(value).isdigit() or int(str(value)) < 1:
+        raise ConfigError(f"{where}: expected a whole number of at least 1; got {value!r}")
+    return int(str(value))
+
+
+def plain(value: object) -> str:
+    """A stable text of nested settings; callables have none and count by their name."""
+    if not value:
+        return ""
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{plain(value[key]) or value[key]!r}" for key in sorted(value, key=str)) + "}"
+    return repr(value)
+
+
+def folder_fingerprint(model: str | os.PathLike[str]) -> str:
+    """What tells two versions of a local folder of weights apart, wherever it lies: sizes and samples of its files.
+
+    Empty where there is no such folder, as for a name that a hub knows.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _WEIGHTS and path.name not in _DESCRIPTIONS:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for at in sorted({0, max(0, size // 2 - _SAMPLE), max(0, size - _SAMPLE)}):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]

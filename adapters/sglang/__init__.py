@@ -1,0 +1,11 @@
+"""LMKV under SGLang: one page store behind its doors. ``docs/sglang.md`` says how to start it and what is served.
+
+- :mod:`.plugin`: what the entry point ``sglang.srt.plugins`` runs: ``--enable-lmcache`` is served by LMKV where the user
+  asked for it.
+- :mod:`.linker`: the store reached straight from the device's KV pools (SGLang's ``UnifiedCacheLinker``).
+- :mod:`.pages`: the page store that the doors share; :mod:`.pools` and :mod:`.identity` say what it holds.
+
+Nothing here is imported before SGLang asks for it.
+"""
+
+from __future__ import annotations
