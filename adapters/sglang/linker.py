@@ -25,6 +25,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from ...config import StoreConfig
 from ...errors import ConfigError, LayoutMismatchError, LMKVError
 from ...handles import Lease, Match
 from . import telling
@@ -103,6 +104,7 @@ class LMKVLinker(UnifiedCacheLinker):
         self.telling = telling.Telling(prometheus=bool(getattr(server_args, "enable_metrics", False)))
         self.layer_done_counter = LayerCounter(1)
         self._is_bound = False
+        self._line: tuple[str, StoreConfig, str] | None = None
         self._asked: Asked | None = None
         self._path: Path | None = None
         self._found: dict[str, _Found] = {}
@@ -140,7 +142,8 @@ class LMKVLinker(UnifiedCacheLinker):
         self.layer_done_counter = LayerCounter(len(pool.layers), layerwise=settings.layerwise)
         layout = self.pages.store.layout
         served = f"pages of {self.page_size}, chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes a token"
-        self._line = (f"rank {rank.tp_rank} of {rank.tp_size}", config, served)
+        ranks = f"one of {rank.tp_size} ranks" if rank.tp_size > 1 else "one rank"
+        self._line = (ranks, config, served) if rank.tp_rank == 0 else None
 
     @property
     def settings(self) -> Settings:
@@ -154,7 +157,7 @@ class LMKVLinker(UnifiedCacheLinker):
             self.why_not = f"expected an SGLang whose tree has {lacking}"
             self.close()
             telling.inactive("linker", self.why_not)
-        elif self.pages is not None:
+        elif self.pages is not None and self._line is not None:  # the first rank speaks for all that serve
             telling.active("linker", *self._line)
 
     # -- what the wrapper says beforehand ----------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...config import CONFIG_FILE_VARIABLE, SGLANG_VARIABLE, StoreConfig
+from ...config import CONFIG_FILE_VARIABLE, SGLANG_VARIABLE, StoreConfig, read_yaml
 from ..engine_config import flag, load_beside_engine, whole_number
 
 __all__ = ["SGLANG_VARIABLE", "Settings", "asked_for", "read_settings"]
 
 #: Keys of LMCache's that belong to the connection with its own server process, which is not there.
 _IGNORED = ("mp_host", "mp_port", "mp.host", "mp.port", "chunk_hash_algorithm")
+#: Keys of LMCache's that mean nothing to a store, and something here.
+_SERVED = ("use_layerwise", "min_retrieve_tokens")
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,19 @@ def read_settings(config_file: str | None, extra: Mapping[str, object], environ:
     for name in ("min_retrieve_tokens", "min_load_tokens"):
         if name in rest:
             own["min_load_tokens"] = whole_number(name, rest.pop(name))
-    written = environ.get("LMCACHE_USE_LAYERWISE")
-    if written:
-        own.setdefault("layerwise", flag("LMCACHE_USE_LAYERWISE", written))
     config, loaded = load_beside_engine(config_file, environ, rest)
-    return Settings(config, warnings=loaded.warnings, **own)
+    written = _lmcaches_own(config_file, environ)
+    if "use_layerwise" in written:
+        own.setdefault("layerwise", flag("use_layerwise", written["use_layerwise"]))
+    if written.get("min_retrieve_tokens"):
+        own.setdefault("min_load_tokens", whole_number("min_retrieve_tokens", written["min_retrieve_tokens"]))
+    warnings = tuple(line for line in loaded.warnings if not any(name in line for name in _SERVED))
+    return Settings(config, warnings=warnings, **own)
+
+
+def _lmcaches_own(config_file: str | None, environ: Mapping[str, str]) -> dict[str, object]:
+    """What the file and the environment say of keys of LMCache's that mean nothing to a store and something here."""
+    path = config_file or environ.get(CONFIG_FILE_VARIABLE) or environ.get("LMCACHE_CONFIG_FILE")
+    written = dict(read_yaml(path)) if path else {}
+    written.update({name: environ[f"LMCACHE_{name.upper()}"] for name in _SERVED if f"LMCACHE_{name.upper()}" in environ})
+    return {name: written[name] for name in _SERVED if written.get(name) is not None}

@@ -306,7 +306,7 @@ def test_any_course_of_events(core: str, page: int, rank_of: Callable[..., Linke
 def test_one_line_says_that_it_is_active(rank_of: Callable[..., LinkedRank], lines: Callable[[], list[str]]) -> None:
     rank_of().run(TEXT)
     (line,) = lines()
-    assert line.startswith("LMKV: active (linker, rank 0 of 1): pages of 1, chunks of 16 tokens")
+    assert line.startswith("LMKV: active (linker, one rank): pages of 1, chunks of 16 tokens")
     assert line.endswith("tiers: ram 8 MiB")
 
 
