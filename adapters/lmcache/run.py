@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lmkv.config import SGLANG_VARIABLE
+
 from ..access import is_loopback
 
 __all__ = ["main", "server"]
@@ -146,6 +148,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     if not command:
         parser.error("expected a command behind --; got none")
     env = dict(os.environ if environ is None else environ)
+    env.setdefault(SGLANG_VARIABLE, "1")
     with stand_in() as folder:
         for variable, place in (("PATH", "bin"), ("PYTHONPATH", "lib")):
             before = env.get(variable)

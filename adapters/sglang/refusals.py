@@ -24,6 +24,8 @@ def refusal(server_args: Any, params: Any) -> str:
             return f"expected no {what} parallelism; got {name} = {size}, which is not served"
     if getattr(params, "sliding_window_size", None):
         return "expected full attention in all layers; a sliding window is not served"
+    if getattr(server_args, "dllm_algorithm", None):
+        return "expected a model whose KV depends on earlier tokens alone; a diffusion language model is not served"
     for name in ("enable_kv_cache_sharding", "enable_unified_memory", "enable_hisparse", "enable_double_sparsity"):
         if getattr(server_args, name, False):
             return f"expected one KV slot a token; {name} is not served"

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, environ: Mapping[str, str], *flags: str) -> Iterator[Server]:
-    """A server of that model, ended with all of its processes."""
+def serving(model: Path, log: Path, environ: Mapping[str, str], *flags: str, before: Sequence[str] = ()) -> Iterator[Server]:
+    """A server of that model, ended with all of its processes; ``before`` stands in front of its command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
+    command = [*before, sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *flags]
     for name, value in CPU.items():
         command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     with log.open("w") as out:

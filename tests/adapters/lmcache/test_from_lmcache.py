@@ -13,6 +13,7 @@ import yaml
 
 from lmkv.adapters.lmcache import load_config
 from lmkv.adapters.lmcache.serve import parse_arguments
+from lmkv.adapters.sglang.settings import asked_for
 from lmkv.adapters.standalone.options import parse_options
 from lmkv.cli import COMMANDS
 
@@ -135,3 +136,11 @@ def test_there_is_a_way_back() -> None:
     text = section("Switch back")
     for word in ("LMCacheConnectorV1", "lmcache_server", "lmkv:*", "disk_path"):
         assert word in text
+
+
+@pytest.mark.parametrize("code", [code for code in EQUIVALENTS if "sglang.launch_server" in code])
+def test_sglang(code: str) -> None:
+    environ, words = words_of(code)
+    assert words[:3] == ["python", "-m", "sglang.launch_server"]
+    assert "--enable-lmcache" in words
+    assert asked_for(environ)

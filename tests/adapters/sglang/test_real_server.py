@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sglang_server import CPU, serving
 
+SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
 TEXT = [i * 7 % 499 + 3 for i in range(300)]
 OTHER = [i * 11 % 499 + 5 for i in range(300)]
 
@@ -43,9 +44,14 @@ def on_disk(folder: Path, tokens: int) -> None:
 
 def test_a_server_and_the_one_after_it(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "disk"
-    environ = {"LMKV_SGLANG": "1", "LMKV_CHUNK_SIZE": "32", "LMKV_DISK_PATH": str(folder), "LMKV_DISK_CAPACITY": "256MiB"}
-    environ |= {"LMKV_RAM_CAPACITY": "64MiB"}
-    with serving(tiny_llama, tmp_path / "first.log", environ, "--enable-lmcache", "--enable-metrics") as server:
+    environ = {
+        "LMCACHE_USE_EXPERIMENTAL": "True",
+        "LMCACHE_CONFIG_FILE": str(SEEDS / "sglang.yaml"),
+    }  # as LMCache's guide has it
+    environ |= {"LMKV_DISK_PATH": str(folder), "LMKV_DISK_CAPACITY": "256MiB", "LMKV_RAM_CAPACITY": "64MiB"}
+    before = (sys.executable, "-c", "from lmkv.cli import main; main()", "run", "--as-lmcache", "--")
+    flags = ("--enable-lmcache", "--enable-metrics")
+    with serving(tiny_llama, tmp_path / "first.log", environ, *flags, before=before) as server:
         computed, cached, _ = server.generate(TEXT)
         assert cached == 0
         assert server.generate(TEXT)[:2] == (computed, 299)
@@ -73,10 +79,11 @@ def test_a_server_and_the_one_after_it(tiny_llama: Path, tmp_path: Path) -> None
         ]
         (line,) = server.lines("LMKV: active")
         assert "ram 64 MiB, disk 256 MiB" in line
+        assert "chunks of 8 tokens" in line
         on_disk(folder, 600 + 2 * 300)
     config = tmp_path / "lmcache.yaml"
     config.write_text(
-        f"chunk_size: 32\nlocal_cpu: true\nmax_local_cpu_size: 0.1\nlocal_disk: file://{folder}\nmax_local_disk_size: 0.25\n"
+        f"chunk_size: 8\nlocal_cpu: true\nmax_local_cpu_size: 0.1\nlocal_disk: file://{folder}\nmax_local_disk_size: 0.25\n"
     )
     flags = ("--enable-lmcache", "--lmcache-config-file", str(config), "--page-size", "16")
     with serving(tiny_llama, tmp_path / "second.log", {}, *flags) as server:
