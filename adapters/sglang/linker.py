@@ -40,6 +40,8 @@ __all__ = ["Asked", "LMKVLinker", "Path"]
 
 #: Seconds that a lookup may wait for a remote tier's answer: the scheduler waits with it.
 _PATIENCE = 0.2
+#: Requests that wait with something found; of those before them it is forgotten, which makes their loads misses.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ class LMKVLinker(UnifiedCacheLinker):
         except ConfigError:
             raise  # the user's own words, not understood: better said now than served wrongly
         except (LMKVError, OSError) as error:
-            self.why_not = f"{type(error).__name__}: {error}"
-            telling.inactive("linker", self.why_not)
+            self.give_up(f"{type(error).__name__}: {error}")
 
     def _open(self, server_args: Any, params: Any, components: set[Any]) -> None:
         others = sorted(component.name for component in components if component is not ComponentType.FULL)
@@ -150,14 +151,19 @@ class LMKVLinker(UnifiedCacheLinker):
         """What the user set."""
         return self._settings
 
-    def bound(self, lacking: str) -> None:
-        """The tree has it now, and can do what it takes but for what is ``lacking``: say so, and serve or not."""
+    def give_up(self, why: str) -> None:
+        """Serve nothing from now on, and say why; before the tree has it."""
+        pages, self.pages, self.why_not = self.pages, None, why
+        if pages is not None:
+            pages.close()
+        telling.inactive("linker", why)
+
+    def bound(self, *, all_serve: bool) -> None:
+        """The tree has it now: say that it serves, or, where another rank does not, serve nothing either."""
         self._is_bound = True
-        if self.pages is not None and lacking:
-            self.why_not = f"expected an SGLang whose tree has {lacking}"
-            self.close()
-            telling.inactive("linker", self.why_not)
-        elif self.pages is not None and self._line is not None:  # the first rank speaks for all that serve
+        if not all_serve and not self.why_not:
+            self.give_up("another rank does not serve, and says why")
+        elif self._line is not None and not self.why_not:  # the first rank speaks for all
             telling.active("linker", *self._line)
 
     # -- what the wrapper says beforehand ----------------------------------------------------------------------------------
@@ -203,8 +209,7 @@ class LMKVLinker(UnifiedCacheLinker):
         self.drop(rid)
         asked, pages = self._asked, self.pages
         if not self._is_bound and not self.why_not:
-            self.why_not = "expected this SGLang's tree to take LMKV's wrapper; it has its own"
-            telling.inactive("linker", self.why_not)
+            self.give_up("expected this SGLang's tree to take LMKV's wrapper; it has its own")
         if pages is None or asked is None:
             return []
         self.telling.add(lookup_tokens=len(asked.tokens))
@@ -221,6 +226,8 @@ class LMKVLinker(UnifiedCacheLinker):
         if any(tier != "ram" for tier in match.tokens_by_tier()):
             pages.store.prefetch(match)
         self._found[rid] = _Found(match, asked.device_tokens)
+        while len(self._found) > _REMEMBERED:
+            self.drop(next(iter(self._found)))
         return [beyond]
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:

@@ -111,7 +111,13 @@ def install() -> None:
         if not isinstance(cache_linker, LMKVLinker):
             return original(cache, cache_linker)
         tree = LinkedTree(cache, cache_linker)
-        cache_linker.bound(", ".join(name for name in _NEEDED if not hasattr(cache.tree_core, name)))
+        lacking = ", ".join(name for name in _NEEDED if not hasattr(cache.tree_core, name))
+        if lacking:
+            cache_linker.give_up(f"expected an SGLang whose tree has {lacking}")
+        # from here on the ranks meet in collectives at every lookup: all of them serve, or none
+        serves = torch.tensor([int(not cache_linker.why_not)], dtype=torch.int)
+        cache._all_reduce_attn_groups(serves, torch.distributed.ReduceOp.MIN)
+        cache_linker.bound(all_serve=bool(serves.item()))
         return tree
 
     wrapper._lmkv = True  # type: ignore[attr-defined]

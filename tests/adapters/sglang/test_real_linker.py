@@ -404,3 +404,17 @@ def test_a_counter_orders_layers_of_its_own_batch_alone() -> None:
     for layer in range(3):
         whole.wait_until(layer)
     assert waited[1:] == [("d", 2)]
+
+
+def test_ranks_serve_together_or_not_at_all(
+    rank_of: Callable[..., LinkedRank], lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    monkeypatch.setattr(UnifiedRadixCache, "_all_reduce_attn_groups", lambda self, tensor, op: tensor.zero_())
+    rank = rank_of()
+    (line,) = lines()
+    assert "another rank" in line
+    for _ in range(2):
+        assert rank.run(TEXT) == (0, 0)
+        rank.flush()
