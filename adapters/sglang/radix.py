@@ -1,0 +1,157 @@
+"""``--enable-lmcache`` of SGLang up to 0.5.17, served by LMKV: the door that :mod:`.plugin` opens there.
+
+SGLang chooses a prefix tree by its arguments and, for ``--enable-lmcache``, imports one that imports LMCache. While it chooses,
+:class:`.radix_tree.LMKVRadixCache` stands in that place; so SGLang decides as ever, and LMCache need not be installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...errors import LayoutMismatchError
+from . import telling
+from .identity import Rank, identified
+from .pages import PageStore
+from .pools import device_pool
+from .refusals import refusal
+from .settings import Settings, asked_for, read_settings
+from .token_reuse import Agree, TokenReuse
+from .weights import watch
+
+__all__ = ["install", "open_tree", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_REGISTRY = "sglang.srt.mem_cache.registry"
+_FACTORY = "default_radix_cache_factory"
+_LMCACHES_TREE = "sglang.srt.mem_cache.storage.lmcache.lmc_radix_cache"
+_DOOR = "--enable-lmcache"
+
+
+def install() -> str:
+    """Hook SGLang's choice of a prefix tree; called by the plugin, in each process of SGLang's.
+
+    Returns:
+        Why that can't be done, ``""`` if it was.
+    """
+    try:
+        registry = importlib.import_module(_REGISTRY)
+        hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
+    except ImportError as error:
+        return f"expected SGLang's registry of prefix trees and of hooks; got: {error}"
+    if not hasattr(registry, _FACTORY):
+        return f"expected {_FACTORY} in {_REGISTRY}; this SGLang has none"
+    hooks.HookRegistry.register(f"{_REGISTRY}.{_FACTORY}", serve, hooks.HookType.AROUND)
+    return ""
+
+
+def serve(original: Callable[[Any], Any], context: Any) -> Any:
+    """SGLang's choice of a tree, with LMKV's in the place of LMCache's if the user asked for that.
+
+    Args:
+        original: ``default_radix_cache_factory``.
+        context: its ``TreeCacheBuildContext``.
+    """
+    arguments = context.server_args
+    if not getattr(arguments, "enable_lmcache", False):
+        return original(context)
+    file = getattr(arguments, "lmcache_config_file", None)
+    # LMCache needs that file too: where it is installed, the file alone does not say who is meant
+    if not asked_for(os.environ, None if importlib.util.find_spec("lmcache") else file):
+        return original(context)
+    with _in_lmcaches_place(functools.partial(open_tree, context, read_settings(file, {}, os.environ))):
+        tree = original(context)
+    if not hasattr(tree, "lmkv"):
+        telling.inactive(_DOOR, f"SGLang took {type(tree).__name__} for this model or these arguments")
+    return tree
+
+
+@contextmanager
+def _in_lmcaches_place(make: Callable[..., Any]) -> Iterator[None]:
+    """While it is open, SGLang finds ``make`` where it looks for ``LMCRadixCache``."""
+    stand_in = types.ModuleType(_LMCACHES_TREE)
+    stand_in.LMCRadixCache = make  # type: ignore[attr-defined]
+    before = sys.modules.get(_LMCACHES_TREE)
+    sys.modules[_LMCACHES_TREE] = stand_in
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[_LMCACHES_TREE]
+        else:
+            sys.modules[_LMCACHES_TREE] = before
+
+
+def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any:
+    """The prefix tree, with a store of this rank's behind it; SGLang's own, with the reason logged, if LMKV can't serve it.
+
+    Args:
+        context: ``TreeCacheBuildContext``.
+        params: ``CacheInitParams``.
+
+    Raises:
+        ConfigError, CapacityError: settings that can't be used.
+        LayoutMismatchError: the disk tier's directory holds KV of another layout.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    from .radix_tree import LMKVRadixCache
+
+    for line in settings.warnings:
+        logger.warning("LMKV: %s", line)
+    arguments, allocator = context.server_args, params.token_to_kv_pool_allocator
+    why, pool = refusal(arguments, params), None
+    try:
+        pool = device_pool(allocator.get_kvcache())
+    except LayoutMismatchError as error:
+        why = why or str(error)
+    if why or pool is None:
+        telling.inactive(_DOOR, why)
+        return RadixCache(params)
+    rank = _rank(arguments, params.tp_cache_group)
+    config, extra = identified(settings.store, arguments, rank, latent=pool.latent)
+    told = telling.Telling(prometheus=bool(getattr(arguments, "enable_metrics", False)))
+    pages = PageStore(config, extra, pool, on_event=told.event)
+    if not watch():
+        logger.warning("LMKV: updates of weights go unnoticed in this SGLang: restart it behind one")
+    reuse = TokenReuse(pages, _agreement(params.tp_cache_group, rank.tp_size), told)
+    tree = LMKVRadixCache(params, reuse, min_load_tokens=settings.min_load_tokens)
+    layout = pages.store.layout
+    served = f"chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes of KV a token"
+    telling.active(_DOOR, type(tree).__name__, config, served)
+    return tree
+
+
+def _rank(arguments: Any, group: Any) -> Rank:
+    """This process within the group that splits attention heads, and how many stores share the machine's RAM."""
+    import torch.distributed as dist
+
+    together = group is not None and dist.is_initialized()
+    size, rank = (dist.get_world_size(group), dist.get_rank(group)) if together else (1, 0)
+    replicas = 1 if getattr(arguments, "enable_dp_attention", False) else getattr(arguments, "dp_size", 1) or 1
+    everywhere = (getattr(arguments, "tp_size", 1) or 1) * replicas
+    return Rank(rank, size, processes=max(1, everywhere // (getattr(arguments, "nnodes", 1) or 1)))
+
+
+def _agreement(group: Any, size: int) -> Agree:
+    if size == 1:
+        return int
+
+    import torch
+    import torch.distributed as dist
+
+    def least(number: int) -> int:
+        shared = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=group)
+        return int(shared.item())
+
+    return least

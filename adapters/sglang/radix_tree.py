@@ -1,0 +1,110 @@
+"""SGLang's tree of prefixes on the device with LMKV behind it, for versions whose tree knows no external store.
+
+A request's hit is what the tree has on the device plus what LMKV has beyond that, up to a token (a page, where pages are
+larger). The scheduler learns both numbers when it matches a request, and has the second part loaded when it admits it. A
+finished request's KV is stored before the tree takes its pages over. All copies are done when the call returns: no page
+has to be kept for one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams, InsertParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+from .token_reuse import TokenReuse
+
+__all__ = ["LMKVRadixCache"]
+
+
+class LMKVRadixCache(RadixCache):
+    """SGLang's tree of prefixes on the device, and LMKV beyond it.
+
+    Args:
+        params: ``CacheInitParams`` of SGLang's.
+        reuse: this rank's store.
+        min_load_tokens: shorter hits beyond the tree are computed instead.
+
+    Attributes:
+        lmkv: the store, as the tree asks it.
+    """
+
+    def __init__(self, params: Any, reuse: TokenReuse, *, min_load_tokens: int = 1) -> None:
+        self.lmkv = reuse
+        self._least = max(1, min_load_tokens)
+        super().__init__(params)
+
+    def reset(self) -> None:
+        """Empty the tree (``flush_cache``). LMKV keeps what it has."""
+        super().reset()
+        self.lmkv.forget_all()
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The tree's match, and in ``host_hit_length`` how many tokens LMKV has beyond it."""
+        found = super().match_prefix(params)
+        if self.disable or params.req is None:
+            return found
+        key = params.key
+        tokens = key.raw_token_ids()
+        self.lmkv.begin(params.req)
+        held = len(found.device_indices)
+        if len(tokens) - held < self._least:
+            return found
+        hit = self.lmkv.find(params.req, tokens) // self.page_size * self.page_size
+        if hit - held < self._least:
+            return found
+        return found._replace(host_hit_length=hit - held)
+
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[torch.Tensor, Any]:
+        """Load what :meth:`match_prefix` promised, and hang it into the tree.
+
+        Returns:
+            KV indices of the tokens that came, and the node that ends with the last of them.
+        """
+        request, node = params.req, params.best_match_node
+        nothing = self._empty_match_result.device_indices
+        held, wanted = len(request.prefix_indices), params.host_hit_length
+        request.host_hit_length = 0
+        allocator = self.token_to_kv_pool_allocator
+        if allocator.available_size() < wanted:
+            self.evict(EvictParams(num_tokens=wanted - allocator.available_size()))
+        slots = allocator.alloc(wanted)
+        if slots is None:
+            return nothing, node
+        came = self.lmkv.load(request, slots, held) // self.page_size * self.page_size
+        if came < wanted:
+            allocator.free(slots[came:])
+        if not came:
+            return nothing, node
+        tokens = _text(request)[: held + came]
+        key = RadixKey(tokens, request.extra_key)
+        value = torch.cat([request.prefix_indices, slots[:came]]).to(torch.int64)
+        priority = getattr(request, "priority", 0) or 0
+        known = self.insert(InsertParams(key=key, value=value, priority=priority)).prefix_len
+        if known > held:  # somebody hung the same tokens in meanwhile: theirs stay
+            allocator.free(slots[: known - held])
+        match = super().match_prefix(MatchPrefixParams(key=RadixKey(tokens, request.extra_key)))
+        request.host_hit_length = came
+        return match.device_indices[held:], match.last_device_node
+
+    def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        """Store the request's KV, then have the tree take its pages over."""
+        if is_insert and not self.disable:
+            # generated tokens' KV differs in the last bits from a prompt's; deterministic serving does not reuse it
+            length = min(kv_len_to_handle, len(req.origin_input_ids)) if self.disable_finished_insert else kv_len_to_handle
+            slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, :length]
+            self.lmkv.keep(req, _text(req)[:length], slots)
+        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        self.lmkv.forget(req)
+
+    def release_host_resources(self) -> None:
+        """The engine shuts down: write what waits for the slow tiers."""
+        self.lmkv.pages.close()
+        super().release_host_resources()
+
+
+def _text(request: Any) -> Any:
+    """A request's tokens, read and generated."""
+    return request.origin_input_ids + request.output_ids

@@ -1,0 +1,267 @@
+"""LMKV behind the prefix tree of a real SGLang: its pools, allocators and tree on the CPU, with KV that can be checked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.scheduler_components import weight_updater
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
+from sglang_tree import Machine, make_pool
+
+from lmkv import StoreConfig
+from lmkv.adapters.sglang import radix, weights
+from lmkv.errors import ConfigError
+
+torch.set_num_threads(1)
+TEXT = list(range(3, 103))
+
+
+def settings(path: Path, **more: Any) -> StoreConfig:
+    small = {"ram_capacity": "4MiB", "ram_extent": "1MiB", "ram_ahead": 0, "disk_capacity": "16MiB", "disk_path": str(path)}
+    return StoreConfig.from_dict({"model": "tiny", **small, **more})
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Callable[..., Machine]]:
+    """``machine(kind, page_size, size)``: one rank on this test's disk directory; closed at the end."""
+    opened: list[Machine] = []
+
+    def make(
+        kind: str = "mha", page_size: int = 1, *, size: int = 512, store: dict[str, Any] | None = None, **own: Any
+    ) -> Machine:
+        pool = make_pool(kind, size=size, page_size=page_size)
+        opened.append(Machine(pool, settings(tmp_path / "disk", **(store or {})), page_size=page_size, **own))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.parametrize(("kind", "page"), [("mha", 1), ("mha", 4), ("mha", 64), ("mla", 1), ("mla", 16)])
+def test_hits_of_tree_and_store_add_up(kind: str, page: int, machine: Callable[..., Machine]) -> None:
+    def whole(tokens: int) -> int:
+        return tokens // page * page
+
+    rank = machine(kind, page, size=1024)
+    assert rank.run(TEXT, [5, 6, 7, 8]) == (0, 0)
+    assert rank.run(TEXT) == (whole(99), 0)
+    rank.flush()
+    assert rank.run([*TEXT[:70], 300, 301]) == (0, whole(70))
+    assert rank.run([*TEXT, 5, 6, 7, 9]) == (whole(70), whole(103) - whole(70))  # generated tokens count, too
+    rank.check_pages()
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_a_restart_hits_from_disk_and_another_page_size_shares_it(kind: str, machine: Callable[..., Machine]) -> None:
+    first = machine(kind, 1)
+    first.run(TEXT, [5, 6, 7])
+    first.close()
+    assert machine(kind, 1).run(TEXT) == (0, 99)
+    assert machine(kind, 8).run(TEXT) == (0, 96)
+
+
+def test_tenants_are_kept_apart(machine: Callable[..., Machine]) -> None:
+    rank = machine()
+    for key in ("a", "b", None):
+        rank.flush()
+        assert rank.run(TEXT, extra_key=key) == (0, 0), key
+        rank.flush()
+        assert rank.run(TEXT, extra_key=key) == (0, 99), key
+
+
+@pytest.mark.parametrize("own", [{"input_embeds": [[0.0]]}, {"multimodal_inputs": SimpleNamespace(mm_items=[])}])
+def test_what_tokens_do_not_name_is_neither_kept_nor_found(own: dict[str, Any], machine: Callable[..., Machine]) -> None:
+    rank = machine()
+    rank.run(TEXT, **own)
+    rank.flush()
+    assert rank.run(TEXT) == (0, 0)
+    rank.flush()
+    assert rank.run(TEXT, **own) == (0, 0)
+
+
+def test_deterministic_serving_keeps_prompts_only(machine: Callable[..., Machine]) -> None:
+    rank = machine(disable_finished_insert=True)
+    rank.run(TEXT, [5, 6, 7, 8])
+    rank.flush()
+    assert rank.run([*TEXT, 5, 6, 7, 8, 9]) == (0, 100)
+
+
+@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_requests_at_once_in_little_memory(page: int, seed: int, machine: Callable[..., Machine]) -> None:
+    rng = random.Random(seed)
+    rank = machine("mha", page, size=512, store={"ram_capacity": "160KiB", "ram_extent": "160KiB"})
+    texts = [[rng.randrange(3, 9) for _ in range(rng.randrange(2, 90))] for _ in range(6)]
+    running: list[Any] = []
+    loaded = held = 0
+    for _ in range(150):
+        if rng.random() < 0.05 and not running:
+            rank.flush()
+        if len(running) < 3 and rng.random() < 0.6:
+            text = (rng.choice(texts)[: rng.randrange(2, 90)] + [rng.randrange(3, 9) for _ in range(rng.randrange(20))])[:90]
+            request = rank.admit([*text, 7, 7], extra_key=rng.choice([None, "tenant"]))
+            held, loaded = held + request.cached[0], loaded + request.cached[1]
+            running.append(request)
+        elif running:
+            rank.finish(running.pop(rng.randrange(len(running))), [rng.randrange(3, 9) for _ in range(rng.randrange(8))])
+        rank.pages.store._check()
+    while running:
+        rank.finish(running.pop())
+    rank.check_pages()
+    assert held
+    assert loaded
+
+
+def test_flipped_bits_on_disk_are_a_miss(machine: Callable[..., Machine], tmp_path: Path) -> None:
+    first = machine(chunk_tokens=16)
+    first.run(TEXT)
+    first.close()
+    for path in (tmp_path / "disk").glob("segment-*.kv"):
+        data = bytearray(path.read_bytes())
+        data[4096:] = bytes(byte ^ 0x10 for byte in data[4096:])
+        path.write_bytes(data)
+    rank = machine(chunk_tokens=16)
+    assert rank.run(TEXT) == (0, 0)  # what came is verified by the machine, bit by bit
+    rank.check_pages()
+    rank.flush()
+    assert rank.run(TEXT) == (0, 99)  # and kept anew
+
+
+def test_a_disk_that_is_gone_is_a_miss(machine: Callable[..., Machine], tmp_path: Path) -> None:
+    first = machine()
+    first.run(TEXT)
+    first.close()
+    rank = machine()
+    for path in (tmp_path / "disk").glob("segment-*.kv"):
+        with path.open("r+b") as file:
+            file.truncate(4096)
+    assert rank.run(TEXT) == (0, 0)
+    rank.check_pages()
+
+
+def test_a_load_that_fails_gives_its_pages_back(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = machine()
+    rank.run(TEXT)
+    rank.flush()
+    lease = rank.pages.lease
+
+    def lost(match: Any) -> Any:
+        held = lease(match)
+        held.release()
+        return held
+
+    monkeypatch.setattr(rank.pages, "lease", lost)
+    assert rank.run(TEXT) == (0, 0)
+    rank.check_pages()
+
+
+def test_without_room_on_the_device_it_is_computed_later(machine: Callable[..., Machine]) -> None:
+    rank = machine(size=128)
+    rank.run(TEXT)
+    rank.flush()
+    other = rank.admit([200 + i for i in range(60)])  # locked: 68 slots are left
+    request = rank.admit(TEXT[:60])
+    assert request.cached == (0, 59)
+    rank.finish(request)
+    rank.finish(other)
+    rank.check_pages()
+
+
+def test_changed_weights_make_all_of_it_a_miss(machine: Callable[..., Machine]) -> None:
+    assert weights.watch()
+    rank = machine()
+    rank.run(TEXT)
+    under_way = rank.admit([400 + i for i in range(40)])
+    rank.finish(rank.admit([*TEXT, 1]))
+    updater = next(kind for kind in vars(weight_updater).values() if hasattr(kind, "update_weights_from_disk"))
+    with pytest.raises(AttributeError):  # it fails, after some weights perhaps
+        updater.update_weights_from_disk(None, None)
+    rank.finish(under_way)
+    rank.flush()
+    assert rank.run(TEXT) == (0, 0)
+    assert rank.run([400 + i for i in range(40)]) == (0, 0)
+    rank.flush()
+    assert rank.run(TEXT) == (0, 99)
+
+
+def test_the_least_that_any_rank_has_is_what_all_load(machine: Callable[..., Machine]) -> None:
+    answers: Iterator[int] = iter(())
+    rank = machine(agree=lambda number: min(number, next(answers, number)))
+    rank.run(TEXT)
+    rank.flush()
+    answers = iter([80, 75])  # to the lookup, to the load
+    assert rank.run(TEXT, rid="x") == (0, 75)
+    rank.check_pages()
+
+
+# -- the door ----------------------------------------------------------------------------------------------------------------
+
+
+def context(machine: Machine, **arguments: Any) -> TreeCacheBuildContext:
+    """What SGLang hands to its choice of a tree."""
+    named = {"enable_lmcache": True, "lmcache_config_file": None, "model_path": "tiny", "enable_flexkv": False}
+    named = {**named, "enable_multimodal": False, **arguments}
+    params = SimpleNamespace(**{**vars(machine.params), "tp_cache_group": None})
+    fields = TreeCacheBuildContext.__dataclass_fields__
+    given = {"server_args": SimpleNamespace(**named), "params": params, "tp_size": 1, "tp_rank": 0}
+    return TreeCacheBuildContext(**{name: given.get(name) if name in given else _blank(name) for name in fields})
+
+
+def _blank(name: str) -> Any:
+    return False if name.startswith(("is_", "enable_", "disable_")) else None
+
+
+@pytest.fixture
+def opted_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMKV_SGLANG", "1")
+    monkeypatch.setenv("LMKV_RAM_CAPACITY", "4MiB")
+
+
+@pytest.mark.usefixtures("opted_in")
+def test_the_flag_gives_lmkvs_tree(machine: Callable[..., Machine]) -> None:
+    rank = machine()
+    tree = radix.serve(default_radix_cache_factory, context(rank))
+    assert type(tree).__name__ == "LMKVRadixCache"
+    tree.release_host_resources()
+    off = radix.serve(default_radix_cache_factory, context(rank, enable_lmcache=False))
+    assert type(off) is RadixCache
+
+
+def test_without_opting_in_it_is_sglangs_own_business(machine: Callable[..., Machine]) -> None:
+    rank = machine()
+    with pytest.raises(RuntimeError, match="LMCache is not installed"):
+        radix.serve(default_radix_cache_factory, context(rank))
+
+
+@pytest.mark.usefixtures("opted_in")
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [({"speculative_draft_model_path": "x"}, "draft model"), ({"enable_unified_memory": True}, "one KV slot a token")],
+)
+def test_what_is_not_served_runs_without_and_says_why(
+    arguments: dict[str, Any], why: str, machine: Callable[..., Machine], caplog: pytest.LogCaptureFixture
+) -> None:
+    rank = machine()
+    tree = radix.serve(default_radix_cache_factory, context(rank, **arguments))
+    assert type(tree) is RadixCache
+    assert why in caplog.text
+
+
+@pytest.mark.usefixtures("opted_in")
+def test_wrong_settings_stop_the_start(machine: Callable[..., Machine], tmp_path: Path) -> None:
+    rank = machine()
+    (tmp_path / "lmkv.yaml").write_text("ram_capasity: 1GiB\n")
+    with pytest.raises(ConfigError, match="ram_capacity"):
+        radix.serve(default_radix_cache_factory, context(rank, lmcache_config_file=str(tmp_path / "lmkv.yaml")))
+
+
+def test_the_plugin_can_hook_the_choice() -> None:
+    assert radix.install() == ""
