@@ -185,8 +185,9 @@ class LMKVHiCacheStorage(HiCacheStorage):
                 disk_capacity=int(self._config.disk_capacity * share),
                 disk_path=None if path is None else f"{path}-{kind}-{size}",
             )
-            page, order = getattr(self.mem_pool_host, "page_size", 0), getattr(self.mem_pool_host, "layout", "")
-            return FlatPages(config, f"{self._extra};hicache {kind} page={page} bytes={size} order={order}", size, self._told)
+            pool = self.mem_pool_host
+            said = f"page={pool.page_size} bytes={size} order={pool.layout} dtype={pool.dtype}"
+            return FlatPages(config, f"{self._extra};hicache {kind} {said}", size, self._told)
         except LMKVError as error:
             self._told.trouble("values are not kept", f"{kind} of {size} bytes: {error}")
             return None

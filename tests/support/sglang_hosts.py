@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from known_kv import group_bits
+from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
+from sglang.srt.runtime_context import get_parallel
 
 from lmkv import KVLayout
 
@@ -64,6 +70,36 @@ def make_config(extra: dict[str, Any], *, kind: str = "mha", **fields: Any) -> H
         "extra_config": {"backend_name": "lmkv", "module_path": "x", "class_name": "y", "interface_v1": 1, **extra},
     }
     return HiCacheStorageConfig(**{**given, **fields})
+
+
+def make_device(page: int, pages: int = 24) -> Any:
+    """The device pool that belongs to :func:`make_host`'s ``mha``."""
+    own = {"head_num": HEADS, "head_dim": SIZE, "layer_num": LAYERS, "device": "cpu", "enable_memory_saver": False}
+    return MHATokenToKVPool(pages * page, page, dtype=torch.float32, **own)
+
+
+@contextlib.contextmanager
+def controlling(host: Any, extra: dict[str, Any]) -> Iterator[Any]:
+    """SGLang's own controller of HiCache with its threads, on a host pool and a storage that it makes by its flags."""
+    device = make_device(host.page_size)
+    allocator = PagedTokenToKVPoolAllocator(
+        device.size, host.page_size, dtype=device.dtype, device="cpu", kvcache=device, need_sort=False
+    )
+    alone = {f"{name}_{what}": int(what == "size") for name in ("tp", "pp", "dcp", "attn_dcp") for what in ("rank", "size")}
+    given = {"backend_name": "lmkv", "module_path": "lmkv.adapters.sglang.hicache", "class_name": "LMKVHiCacheStorage"}
+    with get_parallel().override(**alone):
+        controller = HiCacheController(
+            *(allocator, host, host.page_size, None, threading.Event()),
+            io_backend="direct",
+            storage_backend="dynamic",
+            prefetch_threshold=host.page_size,
+            model_name="tiny",
+            storage_backend_extra_config={**given, **extra},
+        )
+    try:
+        yield controller
+    finally:
+        controller.detach_storage_backend()
 
 
 def keys_of(count: int, seed: int = 0) -> list[str]:

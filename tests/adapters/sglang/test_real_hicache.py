@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +16,9 @@ import pytest
 import torch
 from sglang.srt.mem_cache import utils
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
-from sglang_hosts import ORDERS, fill, holds, indices_of, keys_of, make_config, make_host, page_data
+from sglang_hosts import ORDERS, controlling, fill, holds, indices_of, keys_of, make_config, make_host, page_data
 
 from lmkv.adapters.sglang import page_names
 from lmkv.adapters.sglang.hicache import LMKVHiCacheStorage
@@ -95,14 +98,18 @@ def test_a_restart_hits_from_disk_in_any_order(kind: str, storage: Callable[...,
     assert all(take(again, second))
 
 
-def test_pages_as_bytes_are_for_pools_of_the_same_order(storage: Callable[..., Any]) -> None:
-    first, second = make_host("mha", "layer_first", 16), make_host("mha", "page_first", 16)
+def test_pages_as_bytes_are_for_pools_of_the_same_order_and_numbers(storage: Callable[..., Any]) -> None:
+    def pool(order: str = "layer_first", dtype: torch.dtype = torch.bfloat16) -> Any:
+        return make_host("mha", order, 16, dtype=dtype)
+
+    first = pool()
     lmkv = storage(first, interface_v1=0)
     put(lmkv, first)
     lmkv.close()
-    again = storage(second, interface_v1=0)
-    assert again.batch_exists(KEYS) == 0
-    again.close()
+    for other in (pool("page_first"), pool(dtype=torch.float16)):
+        again = storage(other, interface_v1=0)
+        assert again.batch_exists(KEYS) == 0
+        again.close()
     assert all(take(storage(first, interface_v1=0), first))
 
 
@@ -322,6 +329,32 @@ def test_sglangs_factory_makes_it(tmp_path: Path) -> None:
     assert all(put(lmkv, pool))
     assert all(take(lmkv, pool))
     lmkv.close()
+
+
+@pytest.mark.parametrize("direct", [1, 0])
+def test_sglangs_controller_backs_up_and_prefetches(direct: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "get_hash_str", chained)  # needs no compiler
+    extra = {"interface_v1": direct, "ram_capacity": "8MiB", "disk_capacity": "64MiB", "disk_path": str(tmp_path / "disk")}
+    text = array("q", range(3, 3 + 8 * 16))
+    names = chained(RadixKey(text), None, 16)
+    pool = make_host("mha", "page_first", 16)
+    with controlling(pool, extra) as controller:
+        slots = pool.alloc(len(text))
+        for number, name in enumerate(names):
+            fill(pool, int(slots[16 * number]) // 16, name)
+        controller.write_storage(slots, RadixKey(text), names)
+        assert controller.ack_backup_queue.get(timeout=60).completed_tokens == len(text)
+    pool = make_host("mha", "page_first", 16)
+    with controlling(pool, extra) as controller:  # a restart
+        controller.prefetch("request", RadixKey(text + array("q", [5] * 32)))
+        operation = controller.prefetch_hit_queue.get(timeout=60)
+        assert operation.storage_hit_count == len(text)
+        operation.host_indices = slots = pool.alloc(len(text))
+        controller.prefetch_buffer.put(operation)
+        until = time.monotonic() + 60
+        while not all(holds(pool, int(slots[16 * number]) // 16, name) for number, name in enumerate(names)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("direct", [1, 0])
