@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...errors import LayoutMismatchError
+from ...errors import ConfigError, LMKVError
 from . import telling
 from .identity import Rank, identified
 from .pages import PageStore
@@ -92,15 +92,14 @@ def _in_lmcaches_place(make: Callable[..., Any]) -> Iterator[None]:
 
 
 def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any:
-    """The prefix tree, with a store of this rank's behind it; SGLang's own, with the reason logged, if LMKV can't serve it.
+    """The prefix tree, with a store of this rank's behind it; SGLang's own, with the reason told, if LMKV can't serve it.
 
     Args:
         context: ``TreeCacheBuildContext``.
         params: ``CacheInitParams``.
 
     Raises:
-        ConfigError, CapacityError: settings that can't be used.
-        LayoutMismatchError: the disk tier's directory holds KV of another layout.
+        ConfigError: settings that can't be used.
     """
     from sglang.srt.mem_cache.radix_cache import RadixCache
 
@@ -108,27 +107,39 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
 
     for line in settings.warnings:
         logger.warning("LMKV: %s", line)
-    arguments, allocator = context.server_args, params.token_to_kv_pool_allocator
-    why, pool = refusal(arguments, params), None
-    try:
-        pool = device_pool(allocator.get_kvcache())
-    except LayoutMismatchError as error:
-        why = why or str(error)
-    if why or pool is None:
-        telling.inactive(_DOOR, why)
-        return RadixCache(params)
+    arguments = context.server_args
     rank = _rank(arguments, params.tp_cache_group)
-    config, extra = identified(settings.store, arguments, rank, latent=pool.latent)
+    agree = _agreement(params.tp_cache_group, rank.tp_size)
     told = telling.Telling(prometheus=bool(getattr(arguments, "enable_metrics", False)))
-    pages = PageStore(config, extra, pool, on_event=told.event)
+    why, pages = refusal(arguments, params), None
+    try:
+        if not why:
+            pages = _open_pages(params.token_to_kv_pool_allocator, settings, arguments, rank, told)
+    except ConfigError:
+        raise  # the user's own words, not understood: better said now than served wrongly
+    except (LMKVError, OSError) as error:
+        why = f"{type(error).__name__}: {error}"
+    # from here on the ranks meet at every lookup: all of them serve, or none
+    together = bool(agree(int(pages is not None)))
+    if pages is None or not together:
+        if pages is not None:
+            pages.close()
+        telling.inactive(_DOOR, why or "another rank does not serve, and says why")
+        return RadixCache(params)
     if not watch():
         logger.warning("LMKV: updates of weights go unnoticed in this SGLang: restart it behind one")
-    reuse = TokenReuse(pages, _agreement(params.tp_cache_group, rank.tp_size), told)
-    tree = LMKVRadixCache(params, reuse, min_load_tokens=settings.min_load_tokens)
-    layout = pages.store.layout
-    served = f"chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes of KV a token"
-    telling.active(_DOOR, type(tree).__name__, config, served)
+    tree = LMKVRadixCache(params, TokenReuse(pages, agree, told), min_load_tokens=settings.min_load_tokens)
+    layout, ranks = pages.store.layout, "one rank" if rank.tp_size == 1 else f"one of {rank.tp_size} ranks"
+    served = f"pages of {params.page_size}, chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes a token"
+    if rank.tp_rank == 0:  # it speaks for all
+        telling.active(_DOOR, ranks, pages.store.config, served)
     return tree
+
+
+def _open_pages(allocator: Any, settings: Settings, arguments: Any, rank: Rank, told: telling.Telling) -> PageStore:
+    pool = device_pool(allocator.get_kvcache())
+    config, extra = identified(settings.store, arguments, rank, latent=pool.latent)
+    return PageStore(config, extra, pool, on_event=told.event)
 
 
 def _rank(arguments: Any, group: Any) -> Rank:

@@ -256,6 +256,27 @@ def test_what_is_not_served_runs_without_and_says_why(
 
 
 @pytest.mark.usefixtures("opted_in")
+def test_a_directory_of_another_layout_is_told_and_left_alone(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = machine("mla")
+    other.run(TEXT)
+    other.close()
+    rank = machine(store={"disk_capacity": 0})
+    monkeypatch.setenv("LMKV_DISK_PATH", str(tmp_path / "disk"))
+    tree = radix.serve(default_radix_cache_factory, context(rank))
+    assert type(tree) is RadixCache
+    assert "holds chunks of the layout" in caplog.text
+    assert machine("mla").run(TEXT) == (0, 99)
+
+
+@pytest.mark.usefixtures("opted_in")
+def test_a_rank_does_not_serve_alone(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(radix, "_agreement", lambda *_: lambda number: 0)
+    assert type(radix.serve(default_radix_cache_factory, context(machine()))) is RadixCache
+
+
+@pytest.mark.usefixtures("opted_in")
 def test_wrong_settings_stop_the_start(machine: Callable[..., Machine], tmp_path: Path) -> None:
     rank = machine()
     (tmp_path / "lmkv.yaml").write_text("ram_capasity: 1GiB\n")
