@@ -38,7 +38,7 @@ from .settings import Settings, read_settings
 
 __all__ = ["Asked", "LMKVLinker", "Path"]
 
-#: Seconds that a lookup may wait for a remote tier's answer: the scheduler waits with it.
+#: Seconds that a lookup may wait for a remote tier's answer where requests can't wait for it in the queue.
 _PATIENCE = 0.2
 #: Requests that wait with something found; of those before them it is forgotten, which makes their loads misses.
 _REMEMBERED = 4096
@@ -105,6 +105,8 @@ class LMKVLinker(UnifiedCacheLinker):
         self.why_not = ""
         self.telling = telling.Telling(prometheus=bool(getattr(server_args, "enable_metrics", False)))
         self.layer_done_counter = LayerCounter(1)
+        self.patience = _PATIENCE
+        self.ranks = 1
         self._is_bound = False
         self._line: tuple[str, StoreConfig, str] | None = None
         self._asked: Asked | None = None
@@ -136,6 +138,7 @@ class LMKVLinker(UnifiedCacheLinker):
         pool = device_pool(kvcache)
         settings = self._settings
         rank = _rank(server_args, params)
+        self.ranks = rank.tp_size
         config, extra = identified(settings.store, server_args, rank, latent=pool.latent)
         for line in settings.warnings:
             telling.logger.warning("LMKV: %s", line)
@@ -218,13 +221,11 @@ class LMKVLinker(UnifiedCacheLinker):
         except LMKVError as error:
             self.telling.trouble("a lookup failed", str(error))
             return []
-        if match.pending:
-            match = match.wait(_PATIENCE)
+        if match.pending and self.patience:
+            match = match.wait(self.patience)
         beyond = (pages.tokens(match) - asked.device_tokens) // self.page_size
         if beyond * self.page_size < max(1, self._settings.min_load_tokens):
             return []
-        if any(tier != "ram" for tier in match.tokens_by_tier()):
-            pages.store.prefetch(match)
         self._found[rid] = _Found(match, asked.device_tokens)
         while len(self._found) > _REMEMBERED:
             self.drop(next(iter(self._found)))
@@ -320,6 +321,16 @@ class LMKVLinker(UnifiedCacheLinker):
         self.layer_done_counter.reset()
         while self._saves:
             self.pop_completed_offload()
+
+    def clear(self) -> bool:
+        """Forget everything that is kept; whether that was possible."""
+        try:
+            if self.pages is not None:
+                self.pages.store.clear()
+        except LMKVError as error:
+            self.telling.trouble("what is kept was not dropped", str(error))
+            return False
+        return self.pages is not None
 
     def close(self) -> None:
         """Wait for all copies, write what waits to the slow tiers, and close the store."""

@@ -10,6 +10,8 @@ from sglang.srt.mem_cache import unified_radix_cache
 from sglang.srt.mem_cache.unified_cache import unified_cache_linker as theirs
 
 from .linker import Asked, LMKVLinker, Path
+from .waiting import Waiting
+from .waiting import install as install_waiting
 
 __all__ = ["LinkedTree", "install"]
 
@@ -21,6 +23,27 @@ class LinkedTree(theirs.UnifiedCacheLinkerWrapper):
     """See SGLang's wrapper; its ``cache_linker`` is an :class:`LMKVLinker`."""
 
     cache_linker: LMKVLinker
+
+    def __init__(self, cache: Any, cache_linker: LMKVLinker) -> None:
+        super().__init__(cache, cache_linker)
+        #: Requests that wait for slow tiers; ``None`` where there are none, or no way to wait but in the scheduler itself.
+        self.waiting: Waiting | None = None
+
+    def wait_for_slow_tiers(self) -> None:
+        """Have requests wait in the queue for tiers behind RAM, if there are some."""
+        pages = self.cache_linker.pages
+        if pages is None or len(pages.stats().tiers) < 2:
+            return
+
+        def agree(mine: int) -> int:
+            least = torch.tensor([mine], dtype=torch.int)
+            self.cache._all_reduce_attn_groups(least, torch.distributed.ReduceOp.MIN)
+            return int(least.item())
+
+        waiting = Waiting(pages, agree, self.cache_linker.ranks)
+        if install_waiting(self.cache, waiting, self.cache_linker.clear):
+            self.waiting = waiting
+            self.cache_linker.patience = 0.0
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
         """What SGLang found in its tree, with what LMKV has behind that."""
@@ -68,6 +91,14 @@ class LinkedTree(theirs.UnifiedCacheLinkerWrapper):
         """See SGLang's wrapper."""
         super().release_request(rid)
         self.cache_linker.drop(rid)
+        if self.waiting is not None:
+            self.waiting.forget(rid)
+
+    def reset(self) -> None:
+        """See SGLang's wrapper."""
+        super().reset()
+        if self.waiting is not None:
+            self.waiting.clear()
 
     def _offload_node(self, node_id: Any, transfers: list[Any]) -> None:
         if self.cache_linker.why_not:
@@ -118,6 +149,7 @@ def install() -> None:
         serves = torch.tensor([int(not cache_linker.why_not)], dtype=torch.int)
         cache._all_reduce_attn_groups(serves, torch.distributed.ReduceOp.MIN)
         cache_linker.bound(all_serve=bool(serves.item()))
+        tree.wait_for_slow_tiers()
         return tree
 
     wrapper._lmkv = True  # type: ignore[attr-defined]

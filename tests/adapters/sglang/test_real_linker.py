@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,3 +420,110 @@ def test_ranks_serve_together_or_not_at_all(
     for _ in range(2):
         assert rank.run(TEXT) == (0, 0)
         rank.flush()
+
+
+def behind_ram(rank: LinkedRank, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have what the rank kept in its slow tier alone, which answers reads once the event is set."""
+    assert rank.linker.pages is not None
+    store = rank.linker.pages.store
+    assert store.flush(10)
+    with store._lock:
+        store._ram.clear()
+    (tier,) = store._slow
+    may_read, read = threading.Event(), tier.backend.read_many
+
+    def slow(*args: Any) -> Any:
+        may_read.wait(10)
+        return read(*args)
+
+    monkeypatch.setattr(tier.backend, "read_many", slow)
+    return may_read
+
+
+def arrive(rank: LinkedRank, rid: str, text: list[int]) -> Callable[[], bool]:
+    """A request comes, as to SGLang's scheduler; returns what the scheduler asks about it."""
+    handle = SimpleNamespace(rid=rid)
+    rank.tree.prefetch_from_storage(
+        handle, None, text[40:-1], None, None, matched_prefix_tokens=text[:40], extra_key=None, cache_salt=None
+    )
+    return lambda: rank.tree.check_prefetch_progress(handle)
+
+
+def eventually(asked: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not asked() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return asked()
+
+
+def test_requests_wait_in_the_queue_for_a_slow_tier(
+    rank_of: Callable[..., LinkedRank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = rank_of(settings=on_disk(tmp_path))
+    rank.run(TEXT)
+    rank.flush()
+    may_read = behind_ram(rank, monkeypatch)
+    slow, other = arrive(rank, "slow", TEXT), arrive(rank, "other", [9, *MORE])
+    assert other()
+    assert not slow()
+    assert rank.run([9, *MORE]) == (0, 0)
+    assert not slow()
+    may_read.set()
+    assert eventually(slow)
+    assert rank.run(TEXT) == (0, 99)
+
+
+def test_requests_do_not_wait_for_ever(
+    rank_of: Callable[..., LinkedRank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = rank_of(settings={**on_disk(tmp_path), "deadline_seconds": 0.3})
+    rank.run(TEXT)
+    rank.flush()
+    may_read = behind_ram(rank, monkeypatch)
+    begun = time.monotonic()
+    slow = arrive(rank, "slow", TEXT)
+    assert not slow()
+    assert eventually(slow, 5)
+    assert sum(rank.run(TEXT)) in (0, 99)
+    assert time.monotonic() - begun < 5
+    may_read.set()
+
+
+def test_a_request_that_is_gone_is_not_waited_for(
+    rank_of: Callable[..., LinkedRank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = rank_of(settings=on_disk(tmp_path))
+    rank.run(TEXT)
+    rank.flush()
+    may_read = behind_ram(rank, monkeypatch)
+    slow = arrive(rank, "slow", TEXT)
+    assert not slow()
+    rank.tree.linker.release_request("slow")
+    assert slow()
+    may_read.set()
+
+
+def test_ranks_wait_for_the_slowest(rank_of: Callable[..., LinkedRank], tmp_path: Path) -> None:
+    from lmkv.adapters.sglang.waiting import Waiting
+
+    rank = rank_of(settings=on_disk(tmp_path))
+    assert rank.linker.pages is not None
+    others = [0, 0, 1]
+    waiting = Waiting(rank.linker.pages, lambda mine: min(mine, others.pop(0)), 2)
+    waiting.begin("r", TEXT, None, None)
+    assert [waiting.ready("r") for _ in range(4)] == [False, False, True, True]
+    assert others == []
+
+
+def test_the_scheduler_asks_where_there_is_something_to_wait_for(rank_of: Callable[..., LinkedRank], tmp_path: Path) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    with_disk, without = rank_of(settings=on_disk(tmp_path)), rank_of()
+    scheduler: Any = object.__new__(Scheduler)
+    scheduler.enable_lmcache = False
+    assert scheduler.enable_lmcache is False
+    for rank, asks in ((with_disk, True), (without, False)):
+        scheduler.tree_cache = rank.tree
+        assert scheduler.enable_lmcache is asks
+    assert with_disk.tree.clear_storage_backend() is True
+    assert not with_disk.tree.has_pending_cache_operations()
