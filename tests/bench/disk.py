@@ -30,8 +30,9 @@ import numpy as np
 import lmkv
 from lmkv.backends import BackendSettings
 from lmkv.backends.lmdb_disk import LmdbBackend
+from lmkv.backends.stripes import StripedBackend
 from lmkv.chunks import ChunkKey
-from lmkv.record import payload_offset, seal
+from lmkv.record import payload_offset, read_header, seal
 from lmkv.testing._chunks import text_chunks
 
 Row = dict[str, object]
@@ -48,6 +49,11 @@ def row(name: str, value: float, unit: str, reference: float) -> Row:
 def layout_of(mib: int) -> lmkv.KVLayout:
     """Chunks of so many MiB: as many layers of 8 heads of 128 in bfloat16, 256 tokens."""
     return lmkv.KVLayout.dense(layers=mib, heads=8, head_size=128, dtype="bfloat16")
+
+
+def small_layout_of(kib: int) -> lmkv.KVLayout:
+    """Chunks of so many KiB: one layer of one head as large as that takes in bfloat16, 256 tokens."""
+    return lmkv.KVLayout.dense(layers=1, heads=1, head_size=kib, dtype="bfloat16")
 
 
 class Records:
@@ -247,6 +253,86 @@ class LmdbValues(Way):
         self._env.close()
 
 
+class ValuesInIndex(Way):
+    """The disk backend's own index, with the records as values in the transactions that enter them."""
+
+    name = "values_in_index"
+
+    def __init__(self, folder: Path, records: Records, layout: lmkv.KVLayout) -> None:
+        self._tier = Tier(folder / self.name, records, layout, False)
+        self.records = records
+        self._directory = self._tier.backend._directory
+        self._directory.env.set_mapsize(4 * records.size * len(records.keys) + 64 * MIB)
+        self._values = self._directory.env.open_db(b"values")
+        self._pool = ThreadPoolExecutor(IN_FLIGHT)
+
+    def delete(self) -> None:
+        self._tier.delete()
+        with self._directory.begin(True) as txn:
+            txn.drop(self._values, delete=False)
+
+    def write(self) -> None:
+        directory, backend = self._directory, self._tier.backend
+        for keys, views in self.records.batches():
+            headers = [read_header(view) for view in views]
+            places = directory.slots.reserve([backend._geometry.slots(len(view)) for view in views])
+            with directory.begin(True) as txn:
+                for key, header, view, runs in zip(keys, headers, views, places, strict=True):
+                    directory.index.insert(txn, key, header, len(view), runs, 0)
+                    txn.put(key, view, db=self._values)
+            directory.slots.release([run for runs in places for run in runs])
+
+    def read(self) -> None:
+        def some(begin: int) -> None:
+            with self._directory.begin(False) as txn:
+                for i, key in enumerate(self.records.keys[begin : begin + 2]):
+                    value = txn.get(key, db=self._values)
+                    target = np.frombuffer(self.records.targets[(begin + i) % BATCH], np.uint8)
+                    np.copyto(target, np.frombuffer(value, np.uint8))
+                    del value
+
+        list(self._pool.map(some, range(0, len(self.records.keys), 2)))
+
+    def files(self) -> list[Path]:
+        return self._tier.files()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._tier.close()
+
+
+class Stripes(Way):
+    """The disk backend over two directories, here on one device."""
+
+    name = "lmkv_two_paths"
+
+    def __init__(self, folder: Path, records: Records, layout: lmkv.KVLayout) -> None:
+        self.records = records
+        self.paths = [folder / f"stripe-{i}" for i in range(2)]
+        capacity = int(records.size * len(records.keys) * 1.6) + 128 * MIB
+        options = {"paths": [str(path) for path in self.paths], "direct": True, "depth": IN_FLIGHT // 2}
+        self.backend = StripedBackend(BackendSettings("disk", layout, capacity, options))
+        self.write()
+
+    def write(self) -> None:
+        for keys, views in self.records.batches():
+            self.backend.write_many(keys, views)
+
+    def delete(self) -> None:
+        self.backend.delete_many(self.records.keys)
+
+    def read(self) -> None:
+        for i in range(0, len(self.records.keys), BATCH):
+            sizes = self.backend.read_many(self.records.keys[i : i + BATCH], self.records.targets)
+            assert None not in sizes
+
+    def files(self) -> list[Path]:
+        return [file for path in self.paths for file in path.iterdir()]
+
+    def close(self) -> None:
+        self.backend.close()
+
+
 class FileEach(Way):
     """One file a chunk, direct, synced and renamed into place, several in flight."""
 
@@ -318,6 +404,73 @@ def speeds(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
         del records, ways, tier, buffered, values
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def small(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
+    """Records of small layouts in segments, past the page cache and not, and as values in the index: medians of rounds."""
+    for kib in args.kib:
+        layout = small_layout_of(kib)
+        records = Records(layout, args.small_megabytes * 1024 // kib // 32 * 32)
+        ways: list[Any] = [Tier(folder, records, layout, True), Tier(folder, records, layout, False)]
+        ways += [ValuesInIndex(folder, records, layout)]
+        found: dict[tuple[str, str], list[float]] = {}
+        for _ in range(args.rounds):
+            for way in ways:
+                way.delete()
+                found.setdefault((way.name, "write"), []).append(rate(records, way.write))
+            for way in ways[:2]:  # what is mapped, as the third one's values are, does not leave the page cache
+                forget(ways)
+                found.setdefault((way.name, "cold_read"), []).append(rate(records, way.read))
+            for way in ways:
+                way.read()
+                found.setdefault((way.name, "warm_read"), []).append(rate(records, way.read))
+        for way in ways:
+            way.close()
+        for (name, operation), values in found.items():
+            other = found[("lmkv", operation)]
+            result = row(f"small_{operation}_{kib}KiB_{name}", statistics.median(values), "GB/s", statistics.median(other))
+            result["ratio"] = round(statistics.median(a / b for a, b in zip(values, other, strict=True)), 4)
+            yield result
+        for path in folder.iterdir():
+            shutil.rmtree(path)
+
+
+def stripes(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
+    """Two directories beside one, on one device: what spreading costs; and a lookup of 512 chunks in both."""
+    for mib in args.sizes:
+        layout = layout_of(mib)
+        records = Records(layout, max(BATCH, args.megabytes // mib // BATCH * BATCH))
+        ways: list[Any] = [Tier(folder, records, layout, True), Stripes(folder, records, layout)]
+        found: dict[tuple[str, str], list[float]] = {}
+        for _ in range(args.rounds):
+            for way in ways:
+                way.delete()
+                found.setdefault((way.name, "write"), []).append(rate(records, way.write))
+            for way in ways:
+                forget(ways)
+                found.setdefault((way.name, "cold_read"), []).append(rate(records, way.read))
+        for operation in ("write", "cold_read"):
+            one, two = found[("lmkv", operation)], found[("lmkv_two_paths", operation)]
+            result = row(f"two_paths_{operation}_{mib}MiB", statistics.median(two), "GB/s", statistics.median(one))
+            result["ratio"] = round(statistics.median(a / b for a, b in zip(two, one, strict=True)), 4)
+            yield result
+        for way in ways:
+            way.close()
+        for path in folder.iterdir():
+            shutil.rmtree(path)
+    layout = lmkv.KVLayout.dense(layers=1, heads=1, head_size=1, dtype="uint8", chunk_tokens=256)
+    records = Records(layout, 512)
+    pieces = [bytes(view[128 : 128 + 1024]) for view in records.views]
+    backends = [way.backend for way in (Tier(folder, records, layout, True), Stripes(folder, records, layout))]
+    times: list[list[float]] = [[], []]
+    for _ in range(50):
+        for backend, seconds in zip(backends, times, strict=True):
+            begun = time.perf_counter()
+            assert backend.match_prefix(records.keys, pieces) == 512
+            seconds.append(1e3 * (time.perf_counter() - begun))
+    yield row("two_paths_lookup_512_chunks", statistics.median(times[1]), "ms", statistics.median(times[0]))
+    for backend in backends:
+        backend.close()
 
 
 def _ratios(found: dict[tuple[str, str], list[float]], mib: int) -> Iterator[Row]:
@@ -456,6 +609,8 @@ def restart(folder: Path, args: argparse.Namespace) -> Iterator[Row]:
 
 BENCHES: dict[str, Callable[[Path, argparse.Namespace], Iterator[Row]]] = {
     "speeds": speeds,
+    "small": small,
+    "stripes": stripes,
     "quota": quota,
     "reopen": reopen,
     "restart": restart,
@@ -468,6 +623,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"out of: {','.join(BENCHES)}")
     parser.add_argument("--directory", default=None, help="where to write; a temporary directory by default")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 8, 14], help="MiB a chunk")
+    parser.add_argument("--kib", type=int, nargs="+", default=[16, 32, 64, 128], help="KiB a chunk of small layouts")
+    parser.add_argument("--small-megabytes", type=int, default=64, help="MiB written and read by each pass of small layouts")
     parser.add_argument("--megabytes", type=int, default=448, help="MiB written and read by each pass")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quota-gigabytes", type=float, default=2.0, help="ten times as much is written")
