@@ -57,6 +57,31 @@ class Probes:
         return 0
 
 
+class _Waits:
+    """Waits that end in time: who waits is woken late by what the machine takes for it, so it asks for that much less."""
+
+    #: What is expected at first, and at most as a part of a wait.
+    FIRST_SECONDS, MOST = 0.001, 0.1
+
+    def __init__(self) -> None:
+        self._late = self.FIRST_SECONDS
+
+    def result(self, future: Future[int], seconds: float) -> int:
+        """The future's result within ``seconds``.
+
+        Raises:
+            concurrent.futures.TimeoutError: it did not come.
+        """
+        begun = time.monotonic()
+        asked = seconds - min(self._late, self.MOST * seconds)
+        try:
+            return future.result(asked)
+        except FutureTimeoutError:
+            late = time.monotonic() - begun - asked
+            self._late = max(late, 0.9 * self._late, self.FIRST_SECONDS)
+            raise
+
+
 class _Trip:
     """One load from one tier, in several batches: how long it takes as whoever asked for it sees it."""
 
@@ -105,6 +130,7 @@ class Loader:
         self._held = held
         self._emit = emit
         self._under_way: dict[ChunkKey, Future[None]] = {}
+        self._waits = _Waits()
 
     @property
     def loading(self) -> int:
@@ -138,9 +164,10 @@ class Loader:
         """Load, waiting for at most the tiers' deadline."""
         names = [tier for tier, _ in match.runs] + ([match.tail.tier] if match.tail else [])
         tiers = [self._tiers[name] for name in set(names) if name in self._tiers]
-        deadline = max((tier.deadline for tier in tiers), default=0.0)
+        until = time.monotonic() + max((tier.deadline for tier in tiers), default=0.0)
+        loading = self.load(match)
         try:
-            self.load(match).result(deadline)
+            self._waits.result(loading, max(0.0, until - time.monotonic()))
         except FutureTimeoutError:
             for tier in tiers:
                 tier.breaker.failure("read", f"no answer within {tier.deadline} s")
