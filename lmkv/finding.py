@@ -15,7 +15,7 @@ from .index.content import root_seed, window_fingerprints
 from .loading import Probes
 from .tiers import RamTier, SlowTier
 
-__all__ = ["Finder"]
+__all__ = ["Finder", "take_origins"]
 
 
 class Finder:
@@ -200,3 +200,19 @@ class Finder:
                     child = tier.best_child(key, rest) if shared == width and not taken[at : at + 1].any() else None
                     key, shared = (child[0], child[2]) if child is not None else (key, 0)
                 break
+
+
+def take_origins(nodes: Sequence[Node], hit: int, width: int, ram: str) -> dict[str, int]:
+    """Tokens of a lease by the tier that its chunks were loaded from; of a chunk's next lease, ``ram``. Under the store's lock.
+
+    Args:
+        hit: tokens in all; ``width`` in a chunk.
+    """
+    counts = {ram: hit}
+    for i, node in enumerate(nodes):
+        if node.origin:
+            tokens = max(0, min(width, hit - i * width))
+            counts[node.origin] = counts.get(node.origin, 0) + tokens
+            counts[ram] -= tokens
+            node.origin = ""
+    return counts

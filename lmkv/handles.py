@@ -13,8 +13,9 @@ from typing import Any
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace
 from .index import Node
 from .tiers import NewChunk, TierStats
+from .transfer import Part
 
-__all__ = ["ChunkHit", "ContentHit", "Lease", "Match", "Reservation", "Slot", "Stats", "TierStats"]
+__all__ = ["ChunkHit", "ContentHit", "Lease", "Match", "Reservation", "Slot", "Stats", "TierStats", "slot_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,15 @@ class Slot:
     start: int
     tokens: int
     payload: memoryview
+
+
+def slot_parts(slots: Sequence[Slot], start: int, stop: int) -> list[Part]:
+    """What a copy of tokens ``start`` to ``stop`` of a text moves out of or into its slots."""
+    return [
+        Part(slot.payload, slot.start, slot.start + slot.tokens, max(start, slot.start), min(stop, slot.start + slot.tokens))
+        for slot in slots
+        if start < slot.start + slot.tokens and slot.start < stop
+    ]
 
 
 class Lease:

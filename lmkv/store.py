@@ -20,14 +20,14 @@ from .config import StoreConfig, TierConfig
 from .errors import ArgumentError, ConfigError, StoreClosedError
 from .events import Emitter, EventSink
 from .eviction.priority import PRIORITIES
-from .finding import Finder
-from .handles import Lease, Match, Reservation, Slot, Stats
+from .finding import Finder, take_origins
+from .handles import Lease, Match, Reservation, Slot, Stats, slot_parts
 from .index import Node
 from .layout import KVLayout
 from .loading import Loader
 from .peers import PeerServer
 from .tiers import NewChunk, RamTier, SlowTier, Write, open_tier
-from .transfer import Part, Pins, as_access, gather, scatter
+from .transfer import Pins, as_access, gather, scatter
 from .worth import worthwhile
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
@@ -184,7 +184,8 @@ class Store:
             self._counts["lookups"] += 1
             self._counts["lookup_tokens"] += match.total_tokens
             self._counts["hit_tokens"] += hit
-            self._count_tiers(nodes, hit)
+            for tier_name, tokens in take_origins(nodes, hit, self.layout.chunk_tokens, self._ram.name).items():
+                self._hits_by_tier[tier_name] = self._hits_by_tier.get(tier_name, 0) + tokens
             self._offer_again(nodes, match.namespace.root)
         if nodes and self._slow:
             keys = [node.key for node in nodes]
@@ -212,18 +213,6 @@ class Store:
                 node.pins += 1
             return nodes, hit
 
-    def _count_tiers(self, nodes: Sequence[Node], hit: int) -> None:
-        """Count the tokens of a lease for the tiers that its chunks were loaded from, if this is the first lease of them."""
-        width, counts = self.layout.chunk_tokens, {self._ram.name: hit}
-        for i, node in enumerate(nodes):
-            if node.origin:
-                tokens = max(0, min(width, hit - i * width))
-                counts[node.origin] = counts.get(node.origin, 0) + tokens
-                counts[self._ram.name] -= tokens
-                node.origin = ""
-        for tier, tokens in counts.items():
-            self._hits_by_tier[tier] = self._hits_by_tier.get(tier, 0) + tokens
-
     def retrieve(self, lease: Lease, sink: Any, *, start: int = 0, stop: int | None = None) -> int:
         """Copy leased tokens into the caller's tensors.
 
@@ -250,15 +239,8 @@ class Store:
         access.check(self.layout, start, stop)
         if not lease.held:
             return 0
-        parts = [
-            Part(
-                slot.payload, slot.start, slot.start + slot.tokens, max(start, slot.start), min(stop, slot.start + slot.tokens)
-            )
-            for slot in lease.slots
-            if start < slot.start + slot.tokens and slot.start < stop
-        ]
         self._pins.use(access.rows)
-        scatter(access, parts, self.layout)
+        scatter(access, slot_parts(lease.slots, start, stop), self.layout)
         with self._lock:  # a lease that lost its hold may have been overwritten under the copy
             return stop - start if lease.held else 0
 
@@ -385,10 +367,8 @@ class Store:
         with self.reserve(tokens, start=start, namespace=namespace, priority=priority) as reservation:
             if not reservation.chunks:
                 return 0
-            parts = [
-                Part(slot.payload, slot.start, slot.start + slot.tokens, slot.start, slot.start + slot.tokens)
-                for slot in reservation.slots
-            ]
+            slots = reservation.slots
+            parts = slot_parts(slots, slots[0].start, slots[-1].start + slots[-1].tokens)
             access.check(self.layout, parts[0].start, parts[-1].stop)
             self._pins.use(access.rows)
             gather(access, parts, self.layout)
