@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..config import StoreConfig
 from ..errors import ConfigError
 from .lmcache import Loaded, load_config
 
-__all__ = ["RAM_CAPACITY", "flag", "folder_fingerprint", "load_beside_engine", "plain", "whole_number"]
+__all__ = ["RAM_CAPACITY", "flag", "folder_fingerprint", "load_beside_engine", "on_gpus_node", "plain", "whole_number"]
 
 _GIB = 1024**3
 #: Room for slots where nothing says how much, as users of such caches know it.
@@ -40,6 +41,18 @@ def load_beside_engine(
     if not loaded.given & {"disk_capacity", "disk_path", "disk_paths"}:
         changes["disk_capacity"] = 0
     return dataclasses.replace(loaded.config, **changes), loaded
+
+
+def on_gpus_node(config: StoreConfig, nodes: Iterable[int | None]) -> StoreConfig:
+    """A config whose ``ram_numa_node: auto`` is the node that most of the engine's GPUs hang on, if that is known.
+
+    Args:
+        nodes: of its GPUs (:meth:`lmkv.transfer.Gpu.numa_node`).
+    """
+    known = Counter(node for node in nodes if node is not None)
+    if config.ram_numa_node != "auto" or not known:
+        return config
+    return dataclasses.replace(config, ram_numa_node=str(known.most_common(1)[0][0]))
 
 
 def flag(where: str, value: object) -> bool:

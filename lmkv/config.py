@@ -214,7 +214,7 @@ class StoreConfig:
         ram_extent: bytes by which the pool grows.
         ram_ahead: bytes of free slots that are made ready beside the caller, since fresh memory is slow to touch; 0 for none.
         ram_huge_pages: ``transparent`` (default), ``reserved`` (those of ``vm.nr_hugepages``) or ``off``.
-        ram_numa_node: node whose memory slots are taken from, if it has some; ``None`` for no preference.
+        ram_numa_node: node that slots are taken from, if it has room: a number, or ``auto`` for that of an engine's GPU.
         ram_pin: pin slots for a GPU once one is used, beside the caller, as the pool grows.
         chain_aware: never evict a chunk before those that extend it.
 
@@ -257,7 +257,7 @@ class StoreConfig:
     ram_extent: int = field(default=256 * 1024**2, metadata=_BYTES)
     ram_ahead: int = field(default=256 * 1024**2, metadata=_BYTES)
     ram_huge_pages: str = "transparent"
-    ram_numa_node: int | None = None
+    ram_numa_node: str | None = None
     ram_pin: bool = True
     chain_aware: bool = True
     disk_capacity: int = field(default=10 * 1024**3, metadata=_BYTES)
@@ -294,8 +294,10 @@ class StoreConfig:
             object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
         _one_of("ram_huge_pages", self.ram_huge_pages, ("transparent", "reserved", "off"))
-        if self.ram_numa_node is not None:
-            _at_least("ram_numa_node", self.ram_numa_node, 0)
+        node = self.ram_numa_node if self.ram_numa_node is None else str(self.ram_numa_node)
+        object.__setattr__(self, "ram_numa_node", node)
+        if node is not None and not node.isdecimal() and node != "auto":
+            raise ConfigError(f"ram_numa_node: expected a node's number or auto; got {node!r}")
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
         object.__setattr__(self, "disk_direct", str(self.disk_direct).lower())

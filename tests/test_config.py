@@ -127,6 +127,14 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert (config.lease_seconds, config.io_threads, config.ram_extent) == (1.5, 4, 1024**2)
 
 
+def test_a_node_is_a_number_or_the_gpus() -> None:
+    assert StoreConfig.from_dict({"ram_numa_node": 1}).ram_numa_node == "1"
+    assert StoreConfig(ram_numa_node=0).ram_numa_node == "0"  # type: ignore[arg-type]
+    assert StoreConfig.from_dict({"ram_numa_node": None}).ram_numa_node is None
+    with pytest.raises(ConfigError, match="ram_numa_node: expected a node's number or auto; got 'first'"):
+        StoreConfig(ram_numa_node="first")
+
+
 def test_settings_of_others_in_the_environment() -> None:
     assert StoreConfig.load(environ={"LMKV_TOKEN": "secret"}) == StoreConfig()
     assert service_token({"LMKV_TOKEN": "secret"}) == "secret"

@@ -207,6 +207,15 @@ def _hash_algorithm(out: Translated, name: str, value: object, where: str) -> No
     out.set(name, "key_hash", "sha256", where)
 
 
+def _numa_mode(out: Translated, name: str, value: object, where: str) -> None:
+    if str(value).strip().lower() == "auto":
+        out.set(name, "ram_numa_node", "auto", where)
+    elif str(value).strip().lower() == "manual":
+        out.warnings.append(f"{where}: {name}: manual has no effect: say the node's number as ram_numa_node, or auto")
+    else:
+        raise ConfigError(f"{where}: {name}: expected auto or manual; got {value!r}")
+
+
 def _extra_config(out: Translated, name: str, value: object, where: str) -> None:
     bag = parse_yaml(value, f"{where}: {name}") if isinstance(value, str) else value
     if not isinstance(bag, Mapping):
@@ -229,6 +238,7 @@ _TRANSLATED: Mapping[str, _Converter] = {
     "blocking_timeout_secs": _blocking_timeout_secs,
     "pin_timeout_sec": _pin_timeout_sec,
     "pre_caching_hash_algorithm": _hash_algorithm,
+    "numa_mode": _numa_mode,
     "extra_config": _extra_config,
     "nixl_buffer_size": _nixl_buffer,
     "nixl_buffer_device": _nixl_buffer,

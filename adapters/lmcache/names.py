@@ -49,7 +49,7 @@ _INERT_GROUPS = {
         chunk_statistics_auto_exit_target_unique_chunks chunk_statistics_strategy enable_kv_events""",
     "LMKV's pool grows lazily and by itself; ram_huge_pages, ram_numa_node and ram_extent shape it": """
         local_cpu_use_hugepages reserve_local_cpu_size enable_lazy_memory_allocator lazy_memory_initial_ratio
-        lazy_memory_expand_trigger_ratio lazy_memory_step_ratio lazy_memory_safe_size numa_mode""",
+        lazy_memory_expand_trigger_ratio lazy_memory_step_ratio lazy_memory_safe_size""",
     "LMKV's lookups never wait for slow tiers, and loads run beside the caller": """
         enable_async_loading lookup_timeout_ms enable_scheduler_bypass_lookup lookup_server_worker_ids""",
     "nothing in LMKV corresponds to it": """

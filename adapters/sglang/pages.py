@@ -27,6 +27,7 @@ from ...events import Emitter, Event
 from ...handles import Lease, Match, Reservation, Stats
 from ...store import Store
 from ...transfer import Copy, CopyEngine, Gpu, Part, Pinner
+from ..engine_config import on_gpus_node
 from .identity import request_salt, unique_mark
 from .pools import KVPool
 
@@ -182,6 +183,8 @@ class PageStore:
             config = dataclasses.replace(config, chunk_size=None)
         layout = pool.layout(chunk)
         self._engine = CopyEngine(pool.layers, layout, order="NHD")
+        if self._engine.device is not None:
+            config = on_gpus_node(config, [Gpu.of(self._engine.device).numa_node()])
         self.store = Store(config, layout, on_event=on_event)
         self._namespace = self.store.namespace.replace(extra=extra)
         self._pinner: Pinner | None = None

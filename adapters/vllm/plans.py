@@ -70,6 +70,7 @@ class ShardInfo(KVConnectorHandshakeMetadata):
         windows: by KV cache group, its sliding window in tokens, 0 for none.
         block_tokens: by KV cache group, tokens a block of the scheduler's.
         device: ``cpu`` or ``cuda``.
+        numa_node: that the device hangs on, ``None`` if that is not known.
         refusal: why reuse is not possible; empty if it is.
     """
 
@@ -78,6 +79,7 @@ class ShardInfo(KVConnectorHandshakeMetadata):
     windows: tuple[int, ...] = ()
     block_tokens: tuple[int, ...] = ()
     device: str = "cpu"
+    numa_node: int | None = None
     refusal: str = ""
 
 

@@ -15,6 +15,7 @@ from ...events import Event
 from ...handles import Lease, Reservation
 from ...layout import KVLayout
 from ...store import Store
+from ..engine_config import on_gpus_node
 from .lookups import Lookups
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
@@ -106,6 +107,7 @@ class SchedulerHalf:
         parallel = self._vllm_config.parallel_config
         shared = len(shards) > 1 or parallel.distributed_executor_backend not in (None, "uni")
         config, self._extra = with_model(config, self._vllm_config, shared=shared)
+        config = on_gpus_node(config, [shard.numa_node for shard in shards.values()])
         self.store = Store(config, layout, on_event=self._heard)
         self.store.namespace = self.store.namespace.replace(extra=self._extra)
         key = uuid.uuid4().hex

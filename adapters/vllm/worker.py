@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
-from ...errors import LayoutMismatchError, LMKVError
+from ...errors import LayoutMismatchError, LMKVError, NativeError
 from ...events import Emitter, Event
 from ...pool import MappedPool
 from ...transfer import Gpu, Pinner
@@ -68,7 +69,11 @@ class WorkerHalf:
         geometry = self._geometry
         if geometry is None:
             return ShardInfo(refusal=self._refusal)
-        return ShardInfo(geometry.groups, geometry.latent, geometry.windows, geometry.block_tokens, geometry.device)
+        node = None
+        if geometry.device == "cuda":
+            with contextlib.suppress(NativeError):  # what keeps the GPU from being used is said once copies are made
+                node = Gpu.of(geometry.layers[0].parts[0].device.index).numa_node()
+        return ShardInfo(geometry.groups, geometry.latent, geometry.windows, geometry.block_tokens, geometry.device, node)
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 

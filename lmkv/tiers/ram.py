@@ -96,7 +96,7 @@ class RamTier:
             extent_bytes=config.ram_extent,
             shared=config.ram_shared,
             huge_pages=config.ram_huge_pages,
-            numa_node=config.ram_numa_node,
+            numa_node=None if config.ram_numa_node in (None, "auto") else int(config.ram_numa_node),
         )
         self.index = PrefixIndex()
         self.content = ContentIndex()

@@ -55,7 +55,7 @@ def test_keys_that_mean_something(written: dict[str, object], native: dict[str, 
         "remote_config_url", "audit_actual_remote_url",
         "nixl_buffer_size", "nixl_buffer_device", "pd_role", "pd_peer_host", "enable_p2p",
         "p2p_init_ports", "enable_controller", "controller_pull_url", "lmcache_worker_ports", "use_layerwise", "gds_path",
-        "enable_blending", "enable_xpyd", "internal_api_server_enabled", "numa_mode", "weka_path", "enable_async_loading",
+        "enable_blending", "enable_xpyd", "internal_api_server_enabled", "weka_path", "enable_async_loading",
         "lookup_timeout_ms",
     ],
 )  # fmt: skip
@@ -65,6 +65,15 @@ def test_keys_without_effect_are_named(key: str) -> None:
     assert out.warnings[0].startswith(f"lmc.yaml: {key} ")
     assert " has no effect: " in out.warnings[0]
     assert out.settings == {"disk_capacity": 0}
+
+
+def test_the_node_of_the_gpu() -> None:
+    assert translate({"numa_mode": "auto"}, where="lmc.yaml").settings["ram_numa_node"] == "auto"
+    manual = translate({"numa_mode": "manual"}, where="lmc.yaml")
+    assert "numa_mode: manual has no effect" in manual.warnings[0]
+    assert "ram_numa_node" not in manual.settings
+    with pytest.raises(ConfigError, match="expected auto or manual; got 'some'"):
+        translate({"numa_mode": "some"}, where="lmc.yaml")
 
 
 @pytest.mark.parametrize("value", [None, False, "null", "false"])
