@@ -51,6 +51,7 @@ class _Stripe:
         #: It failed since its records were listed last: some may have been taken for deleted.
         self.missed = False
         self._failures = 0
+        self._operation = ""  # that failed last
         self._until = 0.0
 
     @property
@@ -58,15 +59,17 @@ class _Stripe:
         """Whether it failed not long ago."""
         return time.monotonic() < self._until
 
-    def failed(self) -> None:
+    def failed(self, operation: str) -> None:
         """Leave it alone for a while."""
         self._failures += 1
+        self._operation = operation
         self.missed = True
         self._until = time.monotonic() + min(_REST[1], _REST[0] * float(1 << min(self._failures - 1, 16)))
 
-    def worked(self) -> None:
-        """It answered."""
-        self._failures = 0
+    def worked(self, operation: str) -> None:
+        """It did as it was told. That it can do other things than what failed last says nothing."""
+        if operation == self._operation:
+            self._failures, self._operation = 0, ""
 
     def distance(self, key: ChunkKey) -> float:
         """The record of ``key`` belongs where this is the least."""
@@ -151,12 +154,12 @@ class StripedBackend:
         try:
             result = call(stripe.backend)
         except BackendUnavailableError as error:
-            stripe.failed()
+            stripe.failed(operation)
             self._report(operation, f"{stripe.path}: {error}")
             if all(other.rests for other in self._stripes):
                 raise
             return None
-        stripe.worked()
+        stripe.worked(operation)
         return result
 
     def _all(self, operation: str, call: Callable[[LmdbBackend], Result]) -> Iterator[tuple[_Stripe, Result]]:

@@ -178,6 +178,36 @@ def test_without_one_of_its_directories_the_rest_is_there(tmp_path: Path) -> Non
         store._check()
 
 
+def test_one_that_fails_rests_longer_each_time_until_what_failed_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    backend = open_at(tmp_path, events=events)
+    chunks = text_chunks(LAYOUT, range(16 * 40))
+    write(backend, chunks)
+    stripe = backend._stripes[0]
+    mine = [chunk for chunk in chunks if stripe.backend.contains_many([chunk.key])[0]]
+    clock = 1000.0
+    monkeypatch.setattr("lmkv.backends.stripes.time.monotonic", lambda: clock)
+    with monkeypatch.context() as broken:
+
+        def fails(keys: object, out: object) -> list[int | None]:
+            raise lmkv.BackendUnavailableError("it is broken")
+
+        broken.setattr(stripe.backend, "read_many", fails)
+        for turn, rest in enumerate([1, 2, 4, 8, 16, 32, 60, 60]):
+            assert backend.contains_many([mine[0].key]) == [True], "its index answers"
+            assert read(backend, mine[0]) is None
+            assert len(events) == turn + 1
+            clock += rest - 0.01
+            assert backend.contains_many([mine[0].key]) == [False], "it rests"
+            assert read(backend, mine[0]) is None
+            assert len(events) == turn + 1
+            clock += 0.02
+    assert read(backend, mine[0]) is not None
+    assert all(str(tmp_path / "0") in reason for _, reason in events)
+    assert stripe._failures == 0
+    backend.close()
+
+
 def test_more_directories_and_another_order(tmp_path: Path) -> None:
     texts = [text(number) for number in range(30)]
     with open_store(tmp_path, 2) as store:
