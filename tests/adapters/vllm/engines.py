@@ -88,8 +88,10 @@ class Engine:
         self.llm = LLM(model=str(model), **(defaults | settings))
         self._connected = connector is not None
 
-    def ask(self, prompts: list[list[int]], *, tokens: int = 6, params: Any = None, **more: Any) -> list[Answer]:
-        """Greedy answers to prompts that come together."""
+    def ask(
+        self, prompts: list[list[int]], *, tokens: int = 6, params: Any = None, lora: Any = None, **more: Any
+    ) -> list[Answer]:
+        """Greedy answers to prompts that come together, by the LoRA adapter or adapters that are named."""
         sampling = [
             SamplingParams(
                 max_tokens=tokens,
@@ -103,7 +105,7 @@ class Engine:
             for _ in prompts
         ]
         asked = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
-        return [_answer(output) for output in self.llm.generate(asked, sampling, use_tqdm=False)]
+        return [_answer(output) for output in self.llm.generate(asked, sampling, use_tqdm=False, lora_request=lora)]
 
     def computed(self, prompts: list[list[int]]) -> list[Answer]:
         """Answers for which nothing is loaded or kept; ``test_reuse.py`` proves them to be those without a connector."""

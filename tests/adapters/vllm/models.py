@@ -7,9 +7,11 @@ position is seen.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
 
 VOCABULARY = 512
@@ -41,6 +43,24 @@ def config_of(kind: str) -> PretrainedConfig:
         layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
         return Gemma3TextConfig(**{**_COMMON, "num_hidden_layers": 4}, sliding_window=64, layer_types=layers)
     raise ValueError(f"expected llama, qwen3, window or hybrid; got {kind!r}")
+
+
+def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
+    """Write a LoRA adapter of the attention of ``llama``, as PEFT does; returns its folder."""
+    generator = torch.Generator().manual_seed(seed)
+    all_heads, kv_heads = _COMMON["num_attention_heads"], _COMMON["num_key_value_heads"]
+    heads = {"q_proj": all_heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    weights = {}
+    for layer in range(_COMMON["num_hidden_layers"]):
+        for name, count in heads.items():
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{place}.lora_A.weight"] = torch.randn(rank, _COMMON["hidden_size"], generator=generator) * 0.1
+            weights[f"{place}.lora_B.weight"] = torch.randn(count * _COMMON["head_dim"], rank, generator=generator)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(heads), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder
 
 
 def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
