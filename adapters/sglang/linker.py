@@ -117,7 +117,9 @@ class LMKVLinker(UnifiedCacheLinker):
         from . import tree, weights
 
         tree.install()
-        weights.watch()
+        self._sees_weights = bool(weights.watch())
+        if not self._sees_weights:
+            telling.logger.warning("LMKV: updates of weights can't be seen in this SGLang: a flush forgets what is kept")
         extra = dict(extra_config or {})
         self._settings = read_settings(extra.pop("config_file", None), extra, os.environ)
         try:
@@ -321,6 +323,8 @@ class LMKVLinker(UnifiedCacheLinker):
         self.layer_done_counter.reset()
         while self._saves:
             self.pop_completed_offload()
+        if not self._sees_weights and self.pages is not None:
+            self.pages.renew()  # SGLang flushes behind such an update: the only sign of it that is left
 
     def clear(self) -> bool:
         """Forget everything that is kept; whether that was possible."""

@@ -7,7 +7,7 @@ SGLang has, not by its version:
 - a tree with an external linker (0.5.23): the arguments are rewritten, before SGLang resolves them, to those of the linker;
 - else the factory of its radix trees (0.5.17), by :mod:`.radix`.
 
-Without ``LMKV_SGLANG`` and without a configuration of LMKV's, nothing is imported or changed.
+Without ``LMKV_SGLANG`` and without a configuration, SGLang's arguments are looked at once and left as they are.
 """
 
 from __future__ import annotations
@@ -36,15 +36,12 @@ def register() -> None:
 
         HookRegistry.register(f"{_ARGUMENTS}.resolve_once", _resolve_once, HookType.AROUND)
         return
-    if not any(given.values()):
-        return
-    from . import telling
+    why = "expected an SGLang with an external linker (0.5.23); this one has none"
+    if _has("lmkv.adapters.sglang.radix"):
+        why = importlib.import_module("lmkv.adapters.sglang.radix").install()
+    if why and any(given.values()):
+        from . import telling
 
-    if not _has("lmkv.adapters.sglang.radix"):
-        telling.inactive("plugin", "expected an SGLang with an external linker (0.5.23); this one has none")
-        return
-    why = importlib.import_module("lmkv.adapters.sglang.radix").install()
-    if why:
         telling.inactive("plugin", why)
 
 
@@ -66,7 +63,9 @@ def _take_over(args: Any) -> None:
     from .settings import asked_for, read_settings
 
     config_file = getattr(args, "lmcache_config_file", None)
-    if not getattr(args, "enable_lmcache", False) or not asked_for(os.environ, config_file):
+    # LMCache takes that file, too: where it is installed, the file alone does not say who is meant
+    meant = None if _has("lmcache") else config_file
+    if not getattr(args, "enable_lmcache", False) or not asked_for(os.environ, meant):
         return
     read_settings(config_file, {}, os.environ)  # raises here, where the user sees it at once, if there is a mistake in it
     args.enable_lmcache = False

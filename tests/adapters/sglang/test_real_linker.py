@@ -527,3 +527,13 @@ def test_the_scheduler_asks_where_there_is_something_to_wait_for(rank_of: Callab
         assert scheduler.enable_lmcache is asks
     assert with_disk.tree.clear_storage_backend() is True
     assert not with_disk.tree.has_pending_cache_operations()
+
+
+def test_where_updates_of_weights_are_not_seen_a_flush_forgets(
+    rank_of: Callable[..., LinkedRank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_UPDATERS", (("sglang.no_such_module", "Nobody"),))
+    rank = rank_of()
+    rank.run(TEXT)
+    rank.flush()
+    assert rank.run(TEXT) == (0, 0)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_server import CPU, serving
+from sglang_server import CPU, Server, serving
 
 SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
 TEXT = [i * 7 % 499 + 3 for i in range(300)]
@@ -45,6 +47,31 @@ def on_disk(folder: Path, tokens: int) -> None:
 def from_host(answer: list[int], cached: int, sources: dict[str, int]) -> tuple[list[int], int, int]:
     """An answer, its cached tokens, and how many of them did not come from SGLang's own cache."""
     return answer, cached, sources["host"]
+
+
+def many_at_once(server: Server) -> None:
+    """Requests that share beginnings, eight at a time: first each for itself, then with what the others left."""
+    rng = random.Random(3)
+    roots = [[rng.randrange(3, 500) for _ in range(rng.randrange(100, 300))] for _ in range(4)]
+    jobs = []
+    for _ in range(80):
+        text = rng.choice(roots)[: rng.randrange(50, 300)]
+        while rng.random() < 0.5:
+            text = text + [rng.choice((7, 8))] * rng.randrange(1, 40)
+        jobs.append(([*text, 3], rng.choice(("x", "y"))))
+
+    def alone(i: int) -> list[int]:
+        answer, cached, _ = server.generate(jobs[i][0], cache_salt=f"alone {i}")
+        assert cached == 0
+        return answer
+
+    with ThreadPoolExecutor(8) as threads:
+        computed = list(threads.map(alone, range(len(jobs))))
+        reused = list(threads.map(lambda job: server.generate(job[0], cache_salt=job[1]), jobs))
+        server.flush()
+        reused += threads.map(lambda job: server.generate(job[0], cache_salt=job[1]), jobs)
+    assert [answer for answer, *_ in reused] == 2 * computed
+    assert sum(sources["host"] for _, _, sources in reused if sources) > 1000
 
 
 def test_a_server_and_the_one_after_it(tiny_llama: Path, tmp_path: Path) -> None:
@@ -86,6 +113,7 @@ def test_a_server_and_the_one_after_it(tiny_llama: Path, tmp_path: Path) -> None
         assert "ram 64 MiB, disk 256 MiB" in line
         assert "chunks of 8 tokens" in line
         on_disk(folder, 600 + 2 * 300)
+        many_at_once(server)
     config = tmp_path / "lmcache.yaml"
     config.write_text(
         f"chunk_size: 8\nlocal_cpu: true\nmax_local_cpu_size: 0.1\nlocal_disk: file://{folder}\nmax_local_disk_size: 0.25\n"
@@ -164,6 +192,25 @@ def test_ways_to_ask(way: str, tiny_llama: Path, tmp_path: Path, monkeypatch: py
     args = arguments(tiny_llama, enable_lmcache=True, **more)
     args.resolve_once()
     assert args.enable_lmcache
+
+
+def test_a_file_of_lmcaches_beside_an_lmcache_is_lmcaches(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    (tmp_path / "lmcache").mkdir()
+    (tmp_path / "lmcache" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / "config.yaml"
+    config.write_text("local_cpu: true\n")
+    for said, taken in ((None, False), ("1", True)):
+        if said:
+            monkeypatch.setenv("LMKV_SGLANG", said)
+        args = arguments(tiny_llama, enable_lmcache=True, lmcache_config_file=str(config))
+        args.resolve_once()
+        assert args.enable_unified_cache_external_linker is taken
 
 
 def test_a_mistake_in_the_file_ends_the_start(tiny_llama: Path, tmp_path: Path) -> None:
