@@ -537,3 +537,48 @@ def test_where_updates_of_weights_are_not_seen_a_flush_forgets(
     rank.run(TEXT)
     rank.flush()
     assert rank.run(TEXT) == (0, 0)
+
+
+def test_ranks_load_what_all_of_them_found(rank_of: Callable[..., LinkedRank], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    rank = rank_of(page_size=4)
+    rank.run(TEXT)
+    rank.flush()
+    others: list[int] = []
+    monkeypatch.setattr(UnifiedRadixCache, "_all_reduce_attn_groups", lambda self, tensor, op: tensor.clamp_(max=others.pop(0)))
+    others[:] = [10, 1, 1, 1, 1]  # pages found, held, landed, offloads done, their success
+    assert rank.run(TEXT) == (0, 40)
+    assert rank.linker.pages is not None
+    assert rank.linker.pages.stats().leases == 0
+    monkeypatch.undo()
+    rank.flush()
+    monkeypatch.setattr(UnifiedRadixCache, "_all_reduce_attn_groups", lambda self, tensor, op: tensor.clamp_(max=others.pop(0)))
+    others[:] = [24, 0, 1, 1]  # another rank lost it before its load
+    assert rank.run(TEXT) == (0, 0)
+    assert rank.linker.pages.stats().leases == 0
+    others[:] = [0, 1, 1]  # another rank found nothing
+    rank.tree.reset()
+    rank.allocator.clear()
+    assert rank.run(TEXT) == (0, 0)
+    assert rank.linker.pages.stats().leases == 0
+
+
+def test_sglangs_own_flags_find_the_linker(tiny_llama: Path) -> None:
+    from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+    from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
+
+    from lmkv.adapters.sglang.plugin import LINKER
+
+    pool = make_pool(size=64, page_size=1)
+    allocator = TokenToKVPoolAllocator(pool.size, dtype=pool.dtype, device="cpu", kvcache=pool, need_sort=False)
+    params = SimpleNamespace(page_size=1, token_to_kv_pool_allocator=allocator, tp_cache_group=None)
+    made = create_unified_cache_linker(
+        server_args(str(tiny_llama)), params, backend="dynamic", components={ComponentType.FULL},
+        config={"linker": LINKER[0], "linker_module_path": LINKER[1], "linker_extra_config": {"ram_capacity": "4MiB"}},
+    )  # fmt: skip
+    assert isinstance(made, linker_module.LMKVLinker)
+    assert made.pages is not None
+    assert made.pages.store.config.ram_capacity == 4 << 20
+    made.close()
