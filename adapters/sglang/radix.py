@@ -128,7 +128,8 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
         return RadixCache(params)
     if not watch():
         logger.warning("LMKV: updates of weights go unnoticed in this SGLang: restart it behind one")
-    tree = LMKVRadixCache(params, TokenReuse(pages, agree, told), min_load_tokens=settings.min_load_tokens)
+    queued = bool(pages.store.config.slow_tiers("")) and _queue_asks()
+    tree = LMKVRadixCache(params, TokenReuse(pages, agree, told, queued=queued), min_load_tokens=settings.min_load_tokens)
     layout, ranks = pages.store.layout, "one rank" if rank.tp_size == 1 else f"one of {rank.tp_size} ranks"
     served = f"pages of {params.page_size}, chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes a token"
     if rank.tp_rank == 0:  # it speaks for all
@@ -140,6 +141,34 @@ def _open_pages(allocator: Any, settings: Settings, arguments: Any, rank: Rank, 
     pool = device_pool(allocator.get_kvcache())
     config, extra = identified(settings.store, arguments, rank, latent=pool.latent)
     return PageStore(config, extra, pool, on_event=told.event)
+
+
+class _Knows:
+    """The scheduler's own flag of a storage behind its tree, or that LMKV's tree has slow tiers."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        own = scheduler.__dict__
+        return own.get(self._name, False) or getattr(own.get("tree_cache"), "waits", False) is True
+
+    def __set__(self, scheduler: Any, value: bool) -> None:
+        scheduler.__dict__[self._name] = value
+
+
+def _queue_asks() -> bool:
+    """Have the scheduler ask the tree before a request's turn whether what it waits for has come; ``False`` if it can't."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    if not hasattr(Scheduler, "_prefetch_kvcache"):
+        return False
+    name = "enable_hicache_storage"
+    if not isinstance(vars(Scheduler).get(name), _Knows):
+        setattr(Scheduler, name, _Knows(name))
+    return True
 
 
 def _rank(arguments: Any, group: Any) -> Rank:

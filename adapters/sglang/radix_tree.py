@@ -97,7 +97,35 @@ class LMKVRadixCache(RadixCache):
             slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, :length]
             self.lmkv.keep(req, _text(req)[:length], slots)
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
-        self.lmkv.forget(req)
+        self.lmkv.forget(req.rid)
+
+    # -- what SGLang asks of a tree with a storage behind it, while a request waits in its queue -----------------------------
+
+    hicache_storage_pass_prefix_keys = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether requests wait in SGLang's queue for slow tiers."""
+        return self.lmkv.queued
+
+    def is_backuped(self, node: Any) -> bool:
+        """Whether what lies beyond a node may be asked for; a text is looked up from its beginning, so always."""
+        return True
+
+    def prefetch_from_storage(self, *_: Any, **__: Any) -> None:
+        """A request was queued: :meth:`match_prefix`, called just before, has begun to bring what was found."""
+
+    def check_prefetch_progress(self, req_id: str) -> bool:
+        """Whether a queued request may have its turn."""
+        return self.lmkv.ready(req_id)
+
+    def pop_prefetch_loaded_tokens(self, req_id: str) -> int:
+        """Tokens that came from a storage into SGLang's own host memory: none do."""
+        return 0
+
+    def release_aborted_request(self, req_id: str) -> None:
+        """A queued request is gone."""
+        self.lmkv.forget(req_id)
 
     def release_host_resources(self) -> None:
         """The engine shuts down: write what waits for the slow tiers."""

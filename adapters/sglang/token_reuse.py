@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +31,19 @@ class _Found:
     Args:
         tokens, namespace: what was looked up.
         match: ``None`` if nothing is to be loaded.
+        until: when to wait no longer for slow tiers.
         hit: tokens that all ranks have.
+        coming: what brings slow tiers' chunks into RAM; the number of leading tokens that are there then.
+        settled: nothing is waited for any more.
     """
 
     tokens: int
     namespace: Namespace
     match: Match | None
-    hit: int
+    until: float = 0.0
+    hit: int = 0
+    coming: Future[int] | None = None
+    settled: bool = False
 
 
 def unserved(request: Any) -> str:
@@ -56,13 +64,17 @@ class TokenReuse:
         pages: this rank's store, of texts named by tokens.
         agree: the least of all ranks' numbers.
         told: counts, and tells of trouble.
-        wait_seconds: how long a lookup waits for remote tiers, once a request.
+        queued: SGLang asks :meth:`ready` before a request's turn, so that slow tiers keep nobody else waiting.
+        wait_seconds: if not, how long a lookup waits for remote tiers, once a request.
     """
 
-    def __init__(self, pages: PageStore, agree: Agree, told: Telling, *, wait_seconds: float = 0.2) -> None:
+    def __init__(
+        self, pages: PageStore, agree: Agree, told: Telling, *, queued: bool = False, wait_seconds: float = 0.2
+    ) -> None:
         self.pages = pages
         self._agree = agree
         self._told = told
+        self.queued = queued
         self._wait = wait_seconds
         self._found: OrderedDict[str, _Found] = OrderedDict()
         self._begun: OrderedDict[str, Namespace] = OrderedDict()
@@ -82,23 +94,63 @@ class TokenReuse:
         """
         if unserved(request):
             return 0
-        match: Match | None = None
         namespace = self._text(request, (0,)).namespace
         known = self._found.get(request.rid)
         if known is not None and (known.tokens, known.namespace) == (len(tokens), namespace):
             return known.hit
+        found = _Found(len(tokens), namespace, None, time.monotonic() + self.pages.store.config.deadline_seconds)
         try:
-            match = self.pages.find(self._text(request, tokens))
-            if match.pending:
-                match = match.wait(self._wait)
-            if match.tokens_by_tier().keys() - {"ram"}:
-                self.pages.store.prefetch(match)
+            found.match = self.pages.find(self._text(request, tokens))
+            if not self.queued:
+                found.match = found.match.wait(self._wait)
+            self._bring(found)
         except LMKVError as error:
             self._told.trouble("a lookup failed", str(error))
-        hit = self._agree(self.pages.tokens(match) if match is not None else 0)
+        found.hit = self._agree(self._has(found))
         self._told.add(lookup_tokens=len(tokens))
-        self._remember(request, _Found(len(tokens), namespace, match, hit))
-        return hit
+        self._remember(request, found)
+        return found.hit
+
+    def ready(self, rid: str) -> bool:
+        """Whether a request may have its turn: what was found for it is in RAM, or was waited for long enough. Never blocks."""
+        found = self._found.get(rid)
+        if found is None or found.settled:
+            return True
+        try:
+            arrived = self._arrived(found)
+        except LMKVError:
+            found.match, arrived = None, True
+        if not self._agree(int(arrived)):
+            return False
+        found.settled = True
+        found.hit = self._agree(self._has(found))
+        return True
+
+    def _arrived(self, found: _Found) -> bool:
+        late = time.monotonic() > found.until
+        if found.match is not None and found.match.pending:
+            found.match = found.match.wait(0.0)
+            if found.match.pending and not late:
+                return False
+            self._bring(found)
+        if found.coming is None or found.coming.done():
+            return True
+        if late:
+            found.match = found.coming = None
+        return late
+
+    def _bring(self, found: _Found) -> None:
+        """Have slow tiers' chunks come into RAM, once it is known which."""
+        match = found.match
+        if match is not None and not match.pending and match.tokens_by_tier().keys() - {"ram"}:
+            found.coming = self.pages.store.prefetch(match)
+
+    def _has(self, found: _Found) -> int:
+        """Tokens that this rank found, and, once nothing is waited for any more, that are there."""
+        if found.match is None:
+            return 0
+        tokens = self.pages.tokens(found.match)
+        return min(tokens, found.coming.result()) if found.settled and found.coming is not None else tokens
 
     def load(self, request: Any, slots: Any, start: int) -> int:
         """Bring tokens that :meth:`find` promised.
@@ -114,7 +166,7 @@ class TokenReuse:
         self._told.add(hit_tokens=len(slots), loaded_tokens=done, loads=int(done > 0), load_failures=int(done < len(slots)))
         if found is not None:
             # what did not come is not promised to this request once more, or it would be asked for in each round
-            self._remember(request, _Found(found.tokens, found.namespace, None, start + done))
+            self._remember(request, _Found(found.tokens, found.namespace, None, hit=start + done, settled=True))
         return done
 
     def _load(self, request: Any, found: _Found | None, slots: Any, start: int) -> int:
@@ -163,10 +215,10 @@ class TokenReuse:
         self._told.add(store_failures=1)
         self._told.trouble("a text was not kept", why)
 
-    def forget(self, request: Any) -> None:
-        """The request is over."""
-        self._found.pop(request.rid, None)
-        self._begun.pop(request.rid, None)
+    def forget(self, rid: str) -> None:
+        """A request is over."""
+        self._found.pop(rid, None)
+        self._begun.pop(rid, None)
 
     def forget_all(self) -> None:
         """All requests are over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -40,11 +41,19 @@ class Machine:
     Args:
         pool: device pool; of ``size`` tokens in pages of ``page_size``.
         config: the store's.
-        agree: as for :class:`TokenReuse`.
+        agree, queued: as for :class:`TokenReuse`.
     """
 
     def __init__(
-        self, pool: Any, config: StoreConfig, *, page_size: int = 1, chunk_tokens: int = 16, agree: Any = int, **settings: Any
+        self,
+        pool: Any,
+        config: StoreConfig,
+        *,
+        page_size: int = 1,
+        chunk_tokens: int = 16,
+        agree: Any = int,
+        queued: bool = False,
+        **settings: Any,
     ) -> None:
         self.pool, self.page_size = pool, page_size
         kind = TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator
@@ -53,7 +62,7 @@ class Machine:
         self.requests = ReqToTokenPool(16, 1024, device="cpu", enable_memory_saver=False)
         self.pages = PageStore(dataclasses.replace(config, chunk_size=chunk_tokens), "test", device_pool(pool))
         self.told = Telling()
-        self.reuse = TokenReuse(self.pages, agree, self.told)
+        self.reuse = TokenReuse(self.pages, agree, self.told, queued=queued)
         self.params = CacheInitParams(
             disable=False,
             req_to_token_pool=self.requests,
@@ -79,6 +88,13 @@ class Machine:
             setattr(request, name, value)
         limit = len(text) - 1
         key = RadixKey(array("q", text[:limit]), extra_key)
+        if self.tree.waits:  # once when it is queued, and again when its turn has come
+            self.tree.match_prefix(MatchPrefixParams(key=key, req=request))
+            self.tree.prefetch_from_storage(request.rid, None, [])
+            until = time.monotonic() + 30
+            while not self.tree.check_prefetch_progress(request.rid):
+                assert time.monotonic() < until, "the request waits for ever"
+                time.sleep(0.001)
         found = self.tree.match_prefix(MatchPrefixParams(key=key, req=request))
         request.prefix_indices, request.last_node = found.device_indices, found.last_device_node
         request.best_match_node, request.host_hit_length = found.best_match_node, found.host_hit_length

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import threading
+from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import weight_updater
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
@@ -59,13 +63,52 @@ def test_hits_of_tree_and_store_add_up(kind: str, page: int, machine: Callable[.
     rank.check_pages()
 
 
+@pytest.mark.parametrize("queued", [False, True])
 @pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_a_restart_hits_from_disk_and_another_page_size_shares_it(kind: str, machine: Callable[..., Machine]) -> None:
-    first = machine(kind, 1)
+def test_a_restart_hits_from_disk_and_another_page_size_shares_it(
+    kind: str, queued: bool, machine: Callable[..., Machine]
+) -> None:
+    first = machine(kind, 1, queued=queued)
     first.run(TEXT, [5, 6, 7])
     first.close()
-    assert machine(kind, 1).run(TEXT) == (0, 99)
-    assert machine(kind, 8).run(TEXT) == (0, 96)
+    assert machine(kind, 1, queued=queued).run(TEXT) == (0, 99)
+    assert machine(kind, 8, queued=queued).run(TEXT) == (0, 96)
+
+
+def test_a_queued_request_waits_for_the_disk(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = machine()
+    first.run(TEXT)
+    first.close()
+    rank = machine(queued=True)
+    store, come = rank.pages.store, Future()
+    prefetch = store.prefetch
+
+    def later(match: Any) -> Future[int]:
+        prefetch(match).add_done_callback(lambda done: threading.Timer(0.3, come.set_result, (done.result(),)).start())
+        return come
+
+    monkeypatch.setattr(store, "prefetch", later)
+    text = array("q", TEXT[:99])
+    request = SimpleNamespace(rid="waits", extra_key=None)
+    assert rank.reuse.find(request, text) == 99
+    assert not rank.tree.check_prefetch_progress("waits")  # others have their turn meanwhile
+    come.result(30)
+    assert rank.tree.check_prefetch_progress("waits")
+    assert rank.tree.check_prefetch_progress("another")
+    assert rank.reuse.find(request, text) == 99
+    rank.tree.release_aborted_request("waits")
+    monkeypatch.setattr(store, "prefetch", prefetch)
+    assert rank.run(TEXT) == (0, 99)
+
+
+def test_a_disk_that_takes_too_long_is_a_miss(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = machine()
+    first.run(TEXT)
+    first.close()
+    rank = machine(queued=True, store={"deadline_seconds": 0.5})
+    monkeypatch.setattr(rank.pages.store, "prefetch", lambda match: Future())
+    assert rank.run(TEXT) == (0, 0)
+    rank.check_pages()
 
 
 def test_tenants_are_kept_apart(machine: Callable[..., Machine]) -> None:
@@ -98,7 +141,7 @@ def test_deterministic_serving_keeps_prompts_only(machine: Callable[..., Machine
 @pytest.mark.parametrize("seed", range(3))
 def test_many_requests_at_once_in_little_memory(page: int, seed: int, machine: Callable[..., Machine]) -> None:
     rng = random.Random(seed)
-    rank = machine("mha", page, size=512, store={"ram_capacity": "160KiB", "ram_extent": "160KiB"})
+    rank = machine("mha", page, size=512, store={"ram_capacity": "160KiB", "ram_extent": "160KiB"}, queued=seed > 0)
     texts = [[rng.randrange(3, 9) for _ in range(rng.randrange(2, 90))] for _ in range(6)]
     running: list[Any] = []
     loaded = held = 0
@@ -120,7 +163,8 @@ def test_many_requests_at_once_in_little_memory(page: int, seed: int, machine: C
     assert loaded
 
 
-def test_flipped_bits_on_disk_are_a_miss(machine: Callable[..., Machine], tmp_path: Path) -> None:
+@pytest.mark.parametrize("queued", [False, True])
+def test_flipped_bits_on_disk_are_a_miss(queued: bool, machine: Callable[..., Machine], tmp_path: Path) -> None:
     first = machine(chunk_tokens=16)
     first.run(TEXT)
     first.close()
@@ -128,7 +172,7 @@ def test_flipped_bits_on_disk_are_a_miss(machine: Callable[..., Machine], tmp_pa
         data = bytearray(path.read_bytes())
         data[4096:] = bytes(byte ^ 0x10 for byte in data[4096:])
         path.write_bytes(data)
-    rank = machine(chunk_tokens=16)
+    rank = machine(chunk_tokens=16, queued=queued)
     assert rank.run(TEXT) == (0, 0)  # what came is verified by the machine, bit by bit
     rank.check_pages()
     rank.flush()
@@ -282,6 +326,22 @@ def test_wrong_settings_stop_the_start(machine: Callable[..., Machine], tmp_path
     (tmp_path / "lmkv.yaml").write_text("ram_capasity: 1GiB\n")
     with pytest.raises(ConfigError, match="ram_capacity"):
         radix.serve(default_radix_cache_factory, context(rank, lmcache_config_file=str(tmp_path / "lmkv.yaml")))
+
+
+@pytest.mark.usefixtures("opted_in")
+def test_the_scheduler_asks_before_a_requests_turn(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rank = machine()
+    scheduler = object.__new__(Scheduler)
+    scheduler.enable_hicache_storage = False  # as its constructor does
+    scheduler.tree_cache = radix.serve(default_radix_cache_factory, context(rank))
+    assert not scheduler.enable_hicache_storage  # RAM alone: nothing to wait for
+    scheduler.tree_cache.release_host_resources()
+    monkeypatch.setenv("LMKV_DISK_PATH", str(tmp_path / "own"))
+    scheduler.tree_cache = radix.serve(default_radix_cache_factory, context(rank))
+    assert scheduler.enable_hicache_storage
+    scheduler.tree_cache.release_host_resources()
 
 
 def test_the_plugin_can_hook_the_choice() -> None:
