@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import logging
 import os
 import sys
 import types
@@ -28,8 +27,6 @@ from .token_reuse import Agree, TokenReuse
 from .weights import watch
 
 __all__ = ["install", "open_tree", "serve"]
-
-logger = logging.getLogger(__name__)
 
 _REGISTRY = "sglang.srt.mem_cache.registry"
 _FACTORY = "default_radix_cache_factory"
@@ -106,7 +103,7 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
     from .radix_tree import LMKVRadixCache
 
     for line in settings.warnings:
-        logger.warning("LMKV: %s", line)
+        telling.logger.warning("LMKV: %s", line)
     arguments = context.server_args
     rank = _rank(arguments, params.tp_cache_group)
     agree = _agreement(params.tp_cache_group, rank.tp_size)
@@ -126,10 +123,13 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
             pages.close()
         telling.inactive(_DOOR, why or "another rank does not serve, and says why")
         return RadixCache(params)
-    if not watch():
-        logger.warning("LMKV: updates of weights go unnoticed in this SGLang: restart it behind one")
+    sees_weights = bool(watch())
+    if not sees_weights:
+        telling.logger.warning("LMKV: updates of weights can't be seen in this SGLang: a flush forgets what is kept")
     queued = bool(pages.store.config.slow_tiers("")) and _queue_asks()
-    tree = LMKVRadixCache(params, TokenReuse(pages, agree, told, queued=queued), min_load_tokens=settings.min_load_tokens)
+    reuse = TokenReuse(pages, agree, told, queued=queued)
+    least = settings.min_load_tokens
+    tree = LMKVRadixCache(params, reuse, min_load_tokens=least, forgets_on_flush=not sees_weights)
     layout, ranks = pages.store.layout, "one rank" if rank.tp_size == 1 else f"one of {rank.tp_size} ranks"
     served = f"pages of {params.page_size}, chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes a token"
     if rank.tp_rank == 0:  # it speaks for all

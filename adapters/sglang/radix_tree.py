@@ -26,13 +26,15 @@ class LMKVRadixCache(RadixCache):
         params: ``CacheInitParams`` of SGLang's.
         reuse: this rank's store.
         min_load_tokens: shorter hits beyond the tree are computed instead.
+        forgets_on_flush: a flush may be the only sign of changed weights.
 
     Attributes:
         lmkv: the store, as the tree asks it.
     """
 
-    def __init__(self, params: Any, reuse: TokenReuse, *, min_load_tokens: int = 1) -> None:
+    def __init__(self, params: Any, reuse: TokenReuse, *, min_load_tokens: int = 1, forgets_on_flush: bool = False) -> None:
         self.lmkv = reuse
+        self._forgets = forgets_on_flush
         self._least = max(1, min_load_tokens)
         super().__init__(params)
 
@@ -40,6 +42,8 @@ class LMKVRadixCache(RadixCache):
         """Empty the tree (``flush_cache``). LMKV keeps what it has."""
         super().reset()
         self.lmkv.forget_all()
+        if self._forgets:
+            self.lmkv.pages.renew()
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """The tree's match, and in ``host_hit_length`` how many tokens LMKV has beyond it."""

@@ -21,6 +21,7 @@ from sglang_tree import Machine, make_pool
 
 from lmkv import StoreConfig
 from lmkv.adapters.sglang import radix, weights
+from lmkv.adapters.sglang.radix_tree import LMKVRadixCache
 from lmkv.errors import ConfigError
 
 torch.set_num_threads(1)
@@ -234,6 +235,14 @@ def test_changed_weights_make_all_of_it_a_miss(machine: Callable[..., Machine]) 
     assert rank.run([400 + i for i in range(40)]) == (0, 0)
     rank.flush()
     assert rank.run(TEXT) == (0, 99)
+
+
+def test_where_updates_of_weights_cannot_be_seen_a_flush_forgets(machine: Callable[..., Machine]) -> None:
+    rank = machine()
+    rank.tree = LMKVRadixCache(rank.params, rank.reuse, forgets_on_flush=True)
+    rank.run(TEXT)
+    rank.flush()
+    assert rank.run(TEXT) == (0, 0)
 
 
 def test_the_least_that_any_rank_has_is_what_all_load(machine: Callable[..., Machine]) -> None:
