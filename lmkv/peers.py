@@ -165,7 +165,7 @@ class PeerServer:
                 node.pins += 1
                 nodes.append(node)
                 start = self._ram.start_of(node.slot)
-                chunks.append(NewChunk(node.key, node.parent.key, root, node.tokens, start, node.slot))
+                chunks.append(NewChunk(node.key, node.parent.key, root, node.tokens, start, node.slot, node.priority))
         number = guest.take([node for node in nodes if node is not None])
         places: list[list[int] | None] = []
         for chunk in chunks:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from engines import CHUNK, assert_same, text
 
-from lmkv.adapters.vllm.worth import Worth
+from lmkv import Store
 
 
 @pytest.fixture
 def disk_only(tmp_path: Path, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """An engine whose disk alone keeps chunks, and is read however quick the model is."""
-    monkeypatch.setattr(Worth, "of", lambda self, tokens: True)
+    monkeypatch.setattr(Store, "worthwhile", lambda self, match, speed: match)
 
     def make(**more: Any) -> Any:
         names = {"local_cpu": False, "local_disk": f"file://{tmp_path}/kv/", "max_local_disk_size": 0.0625}
