@@ -22,17 +22,18 @@ from lmkv.errors import CapacityError
 from lmkv.testing._chunks import text_chunks
 
 
-def test_two_hundred_kills_under_four_writers_and_two_readers(tmp_path: Path) -> None:
-    directory = tmp_path / "disk"
-    command = [sys.executable, disk_child.__file__, "crowd", str(directory), "200", "120"]
+@pytest.mark.parametrize(("kills", "places"), [(200, ["disk"]), (80, ["disk-0", "disk-1"])])
+def test_kills_under_four_writers_and_two_readers(tmp_path: Path, kills: int, places: list[str]) -> None:
+    directory = ",".join(str(tmp_path / place) for place in places)
+    command = [sys.executable, disk_child.__file__, "crowd", directory, str(kills), "120"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
-    assert outcome["killed"] == 200
+    assert outcome["killed"] == kills
     assert outcome["most"] <= DISK
 
     events: list[lmkv.Event] = []
-    with lmkv.Store(disk_writer.config(str(directory)), LAYOUT, on_event=events.append) as store:
+    with lmkv.Store(disk_writer.config(directory), LAYOUT, on_event=events.append) as store:
         store._check()
         found = 0
         for seed in range(4):
@@ -42,7 +43,7 @@ def test_two_hundred_kills_under_four_writers_and_two_readers(tmp_path: Path) ->
                 found += known_kv.fetch(store, tokens, match)
         assert found > 1000, "what was stored before is found"
         assert not [event for event in events if event.kind in ("corrupt", "load_failed", "tier_failed")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == places
 
 
 _HOLDER = """

@@ -30,17 +30,17 @@ DISK = 4 << 20
 def size_of(directory: str | os.PathLike[str]) -> int:
     """Bytes of all files of a disk tier's directory: of each, its length or what it takes on the device, if that is more."""
     total = 0
-    for entry in os.scandir(directory):
-        state = entry.stat(follow_symlinks=False)
-        total += max(state.st_size, state.st_blocks * 512)
+    for place in os.fspath(directory).split(","):
+        for entry in os.scandir(place):
+            state = entry.stat(follow_symlinks=False)
+            total += max(state.st_size, state.st_blocks * 512)
     return total
 
 
 def config(directory: str, **settings: object) -> lmkv.StoreConfig:
-    """Little RAM, so that what is found again comes from the disk."""
-    return lmkv.StoreConfig.from_dict(
-        {"model": "m", "ram_capacity": 1 << 20, "disk_capacity": DISK, "disk_path": directory, **settings}
-    )
+    """Little RAM, so that what is found again comes from the disk. Several directories are separated by commas."""
+    place = {"disk_paths" if "," in directory else "disk_path": directory}
+    return lmkv.StoreConfig.from_dict({"model": "m", "ram_capacity": 1 << 20, "disk_capacity": DISK, **place, **settings})
 
 
 def text(seed: int, number: int) -> list[int]:
