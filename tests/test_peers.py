@@ -122,6 +122,12 @@ def test_what_one_has_the_other_reads(lender: Lender, borrower: Any) -> None:
     assert lender.tell("pins") == 0
 
 
+def test_slots_in_shared_memory_are_lent_too(borrower: Any) -> None:
+    with Lender(ram_shared=True) as lender:
+        assert lender.tell("store", TEXT) == 100
+        assert borrower(lender.url, ram_shared=True).get() == 100
+
+
 def test_nothing_is_written_to_a_peer(lender: Lender, borrower: Any) -> None:
     mine = borrower(lender.url)
     assert mine.store.store(TEXT, known_kv.source(LAYOUT, TEXT)) == 100

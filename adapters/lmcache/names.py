@@ -26,14 +26,14 @@ _INERT_GROUPS = {
     "LMKV does not serve this remote storage of LMCache's; slow tiers are listed under 'tiers'": """
         audit_actual_remote_url remote_storage_plugins external_lookup_client remote_config_url
         mp_host mp_port maru_path maru_pool_size weka_path""",
-    "engines share KV through a tier that all of them reach, such as lm:// (lmkv serve) or redis://": """
+    "engines share a tier such as lm:// (lmkv serve) or redis://, or read each other's RAM (peer_listen, nixl://host:port)": """
         enable_p2p p2p_host p2p_init_ports p2p_lookup_ports""",
     "prefillers store into, and decoders load from, a tier that both reach, such as lm:// (lmkv serve) or redis://": """
         enable_pd pd_role pd_buffer_size pd_buffer_device pd_peer_host
         pd_peer_init_port pd_peer_alloc_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_allocation_timeout_sec
         pd_shutdown_timeout_sec pd_condition_poll_interval_sec pd_max_prefill_len pd_backend_mode pd_skip_proxy_notification
         pd_bidirectional transfer_channel""",
-    "LMKV does not serve NIXL between engines; storage moved by NIXL, GPUDirect Storage included, is backend: nixl": """
+    "NIXL between engines is peer_listen and tiers nixl://host:port; storage moved by NIXL, GDS included, is backend: nixl": """
         nixl_backends enable_nixl gds_path gds_path_sharding gds_buffer_size use_gds gds_backend cufile_buffer_size""",
     "LMKV has no controller: a tier that engines share is asked directly": """
         enable_controller lmcache_instance_id controller_pull_url controller_reply_url

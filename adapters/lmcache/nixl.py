@@ -42,6 +42,11 @@ def nixl_tier(extra: Mapping[str, object], where: str, warn: Callable[[str], Non
         raise ConfigError(f"{where}.nixl_backend_params: expected keys and values; got {params!r}")
     if str(extra.get("nixl_buffer_device") or "cpu").lower() != "cpu":
         warn(f"{where}.nixl_buffer_device has no effect: values pass through slots in host memory")
+    if plugin == "UCX":
+        raise ConfigError(
+            f"{where}.nixl_backend: expected a plugin for storage; got UCX, which reads other engines' memory: set peer_listen "
+            "there and a tier nixl://host:port here"
+        )
     if plugin == "OBJ":
         return _bucket(params, where, warn)
     path = extra.get("nixl_path")

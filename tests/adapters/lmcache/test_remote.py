@@ -134,6 +134,7 @@ def test_infinistore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"nixl_backend": "POSIX"}, "nixl_path: expected the directory"),
         ({"nixl_backend": "OBJ"}, "expected the bucket"),
+        ({"nixl_backend": "UCX"}, "peer_listen there"),
         ({"nixl_path": "/x", "nixl_backend_params": 3}, "nixl_backend_params: expected keys and values"),
     ],
 )
