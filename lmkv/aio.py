@@ -64,6 +64,10 @@ class AsyncStore:
         """As :meth:`Store.prefetch`; returns when the chunks are in slots."""
         return await asyncio.wrap_future(self.sync.prefetch(match))
 
+    def worthwhile(self, match: Match, tokens_per_second: float) -> Match:
+        """As :meth:`Store.worthwhile`."""
+        return self.sync.worthwhile(match, tokens_per_second)
+
     @contextlib.asynccontextmanager
     async def lease(self, match: Match) -> AsyncIterator[Lease]:
         """As :meth:`Store.lease`: ``async with store.lease(match) as lease``."""

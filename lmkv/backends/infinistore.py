@@ -156,11 +156,14 @@ class InfiniStoreBackend:
         return f"{self._prefix}-{key.hex()}"
 
     def _bodies(self, link: _Link, names: Sequence[str]) -> list[tuple[str, int] | None]:
-        """Name and size of the bodies, as far as there are heads."""
+        """Name and size of the bodies, ``None`` where there is no head; of what is no head the size is -1."""
         found: list[tuple[str, int] | None] = []
         for name, head in zip(names, link.read(names, [_HEAD.size] * len(names)), strict=True):
-            magic, size, write = _HEAD.unpack(head) if head is not None else (b"", 0, b"")
-            found.append((f"{name}-{write.hex()}", size) if magic == _MAGIC else None)
+            if head is None:
+                found.append(None)
+                continue
+            magic, size, write = _HEAD.unpack(head)
+            found.append((f"{name}-{write.hex()}", size if magic == _MAGIC else -1))
         return found
 
     # -- Backend ---------------------------------------------------------------------------------------------------------
@@ -176,10 +179,10 @@ class InfiniStoreBackend:
 
         def step(link: _Link) -> list[int | None]:
             bodies = self._bodies(link, names)
-            wanted = [i for i, body in enumerate(bodies) if body is not None and body[1] <= places[i].room]
+            wanted = [i for i, body in enumerate(bodies) if body is not None and 0 <= body[1] <= places[i].room]
             there = [bodies[i] or ("", 0) for i in wanted]
             sizes: list[int | None] = [None] * len(names)
-            evicted: list[str] = []
+            evicted = [name for name, body in zip(names, bodies, strict=True) if body is not None and body[1] < 0]
             for i, value in zip(wanted, link.read([name for name, _ in there], [size for _, size in there]), strict=True):
                 if value is None:
                     evicted.append(names[i])  # its head would be found for ever

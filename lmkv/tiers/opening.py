@@ -16,6 +16,9 @@ from .slow import SlowTier
 
 __all__ = ["open_tier"]
 
+#: YAML reads ``off`` as false.
+_OFF = ("off", "false", "no", "none")
+
 
 def open_tier(
     settings: TierConfig,
@@ -41,7 +44,7 @@ def open_tier(
 
     encryption = settings.encryption or config.encryption
     envelope = None
-    if encryption not in ("", "off"):
+    if encryption.lower() not in ("", *_OFF):
         envelope = Envelope(read_keys(encryption, where), layout.fingerprint, where)
     backend = open_backend(
         settings.backend,
@@ -57,7 +60,7 @@ def open_tier(
     )
     try:
         if isinstance(backend, ReadOnly):
-            if settings.encryption not in ("", "off"):
+            if settings.encryption.lower() not in ("", *_OFF):
                 raise ConfigError(f"{where}: encryption: expected none for a peer, which lends records as they are in its RAM")
             envelope = None
         if envelope is not None and isinstance(backend, LocalIndex):

@@ -208,6 +208,16 @@ def test_a_tier_s_own_setting_wins(tmp_path: Path) -> None:
     assert config.tiers[1].encryption == "off"
 
 
+@pytest.mark.parametrize("off", ["off", "'off'", "false", "no"])
+def test_off_may_be_written_as_yaml_likes_it(tmp_path: Path, off: str) -> None:
+    (tmp_path / "keys").write_text(f"a {A}")
+    path = tmp_path / "lmkv.yaml"
+    tier = f"{{backend: lmdb, capacity: 64MiB, options: {{path: {tmp_path / 'disk'}}}, encryption: {off}}}"
+    path.write_text(f"disk_capacity: 0\nram_capacity: 8MiB\nencryption: file:{tmp_path / 'keys'}\ntiers: [{tier}]\n")
+    with lmkv.Store(lmkv.StoreConfig.load(path, environ={}), LAYOUT) as store:  # else such a tier would be refused
+        assert store.store(TEXT, known_kv.source(LAYOUT, TEXT)) == 100
+
+
 def test_a_storage_that_reads_records_can_not_be_encrypted(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"a {A}")
