@@ -172,7 +172,7 @@ class TierConfig:
     url: str = field(default="", repr=False)
     write_budget: int = field(default=0, metadata=_BYTES)
     admission: str = "all"
-    encryption: str = ""
+    encryption: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         scheme, there, _ = self.url.partition("://")
@@ -272,9 +272,9 @@ class StoreConfig:
     disk_admission: str = "all"
     disk_ttl_seconds: float = 0.0
     tiers: tuple[TierConfig, ...] = ()
-    encryption: str = ""
+    encryption: str = field(default="", repr=False)
     peer_listen: str = ""
-    peer_token: str = ""
+    peer_token: str = field(default="", repr=False)
     lease_seconds: float = 60.0
     deadline_seconds: float = 10.0
     write_queue: int = 4096
