@@ -206,11 +206,14 @@ def _spans(parts: Sequence[Part]) -> list[tuple[int, int]]:
 
 
 def _early_groups(layers: int) -> npt.NDArray[np.int64]:
-    """Last layer + 1 of groups that are brought in turn: few first, so that a forward pass can begin, then more at a time."""
-    ends = [1, 2, 4]
+    """Last layer + 1 of groups that are brought in turn: few first, so that a forward pass can begin, then more at a time.
+
+    A group is waited for as a whole, and each one costs a transfer a chunk to submit: hence neither many nor large ones.
+    """
+    ends = [1]
     while ends[-1] < layers:
-        ends.append(ends[-1] + max(4, layers // 8))
-    return np.unique(np.minimum(ends, layers))
+        ends.append(min(layers, ends[-1] + min(ends[-1], max(4, layers // 6))))
+    return np.array(ends)
 
 
 def _late_groups(layers: int) -> npt.NDArray[np.int64]:
