@@ -73,6 +73,7 @@ def _memory() -> str:
 
 
 def _nixl_plugins() -> str:
+    os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")  # what does not load is said in this report
     from ..backends.nixl_agent import plugin_states
 
     try:
