@@ -46,9 +46,9 @@ def main() -> None:
         tensors = {name: -tensor if "_proj" in name else tensor for name, tensor in load_file(weights).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
         updated = engine.update_weights_from_disk(folder)
-    assert updated[0], updated
-    flush()
-    steps.append(ask())
+        assert updated[0], updated
+        flush()
+        steps.append(ask())  # the first rank answers before the others have read the files
     flush()
     steps.append(ask())
     engine.shutdown()
