@@ -28,7 +28,7 @@ LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", ch
 @pytest.fixture(autouse=True)
 def equal_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring is slow, and random on a busy machine."""
-    monkeypatch.setattr(shares, "_speed", lambda path: 1.0)
+    monkeypatch.setattr(shares, "_speeds", lambda paths: [1.0] * len(paths))
 
 
 class TestStripedBackend(BackendSuite):
@@ -78,7 +78,7 @@ def keep(store: lmkv.Store, tokens: list[int]) -> None:
 
 def test_records_are_spread_by_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"0": 3.0, "1": 1.0}
-    monkeypatch.setattr(shares, "_speed", lambda path: speeds[Path(path).name])
+    monkeypatch.setattr(shares, "_speeds", lambda paths: [speeds[Path(path).name] for path in paths])
     chunks = text_chunks(LAYOUT, range(16 * 400))
     backend = open_at(tmp_path, capacity=16 * MIB)
     sizes = [stripe.backend._directory.settings.capacity for stripe in backend._stripes]
@@ -98,7 +98,8 @@ def test_records_are_spread_by_share(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shares, "_speed", lambda path: {"a": 1.0, "b": 0.8, "c": 0.01}[Path(path).name])
+    speeds = {"a": 1.0, "b": 0.8, "c": 0.01}
+    monkeypatch.setattr(shares, "_speeds", lambda paths: [speeds[Path(path).name] for path in paths])
     paths = [str(tmp_path / name) for name in "abc"]
     fresh = shares.shares_of(paths, 30 * MIB)
     assert sum(fresh) <= 30 * MIB
@@ -113,7 +114,7 @@ def test_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted[paths[1]] = 0
     assert shares.shares_of(paths, 24 * MIB) == [8 * MIB, 8 * MIB, 8 * MIB], "one that is gone keeps its share"
     noted.update(dict.fromkeys(paths, 0))
-    monkeypatch.setattr(shares, "_speed", lambda path: 0.0)
+    monkeypatch.setattr(shares, "_speeds", lambda paths: [0.0] * len(paths))
     assert len(set(shares.shares_of(paths, 24 * MIB))) == 1
     with pytest.raises(lmkv.CapacityError, match="expected a capacity of at least 786432 bytes for 3 directories"):
         shares.shares_of(paths, 500_000)
@@ -124,6 +125,23 @@ def test_a_device_is_measured_without_leaving_anything(tmp_path: Path, monkeypat
     assert shares._speed(str(tmp_path)) > 1e6
     assert list(tmp_path.iterdir()) == []
     assert shares._speed(str(tmp_path / "nowhere")) == 0.0
+
+
+def test_devices_are_measured_in_turns_and_the_best_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    measured: list[str] = []
+    numbers = iter([3.0, 9.0, 5.0, 2.0, 4.0, 8.0, 1.0, 9.5])
+
+    def measure(path: str) -> float:
+        measured.append(Path(path).name)
+        return next(numbers)
+
+    monkeypatch.setattr(shares, "_speed", measure)
+    paths = [str(tmp_path / name) for name in "abc"]
+    assert shares._speeds(paths[:1] * 2) == [0.0, 0.0], "one device is as quick as itself"
+    monkeypatch.setattr(shares, "_device", lambda path: path.endswith("c"))
+    assert shares._speeds(paths) == [5.0, 5.0, 9.5]
+    assert measured == ["b", "c"] * 4
 
 
 def test_the_quota_holds_for_all_together_and_the_oldest_go_wherever_they_lie(tmp_path: Path) -> None:
