@@ -279,11 +279,13 @@ def test_what_strangers_send_costs_their_connection(lender: Lender, borrower: An
     lender.tell("store", TEXT)
     with socket.create_connection(("127.0.0.1", lender.port)) as sock:
         sock.settimeout(5)
-        sock.sendall(sent)
-        sock.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
+        try:
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
             while sock.recv(1000):
                 pass
+        except OSError as error:  # it may have ended the connection at any moment, but not kept it
+            assert not isinstance(error, TimeoutError)  # noqa: PT017
     assert borrower(lender.url).get() == 100
 
 
