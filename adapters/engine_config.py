@@ -14,7 +14,16 @@ from ..config import StoreConfig
 from ..errors import ConfigError
 from .lmcache import Loaded, load_config
 
-__all__ = ["RAM_CAPACITY", "flag", "folder_fingerprint", "load_beside_engine", "on_gpus_node", "plain", "whole_number"]
+__all__ = [
+    "RAM_CAPACITY",
+    "flag",
+    "folder_fingerprint",
+    "hub_commit",
+    "load_beside_engine",
+    "on_gpus_node",
+    "plain",
+    "whole_number",
+]
 
 _GIB = 1024**3
 #: Room for slots where nothing says how much, as users of such caches know it.
@@ -110,3 +119,20 @@ def folder_fingerprint(model: str | os.PathLike[str]) -> str:
                 file.seek(at)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def hub_commit(model: str, revision: str | None) -> str:
+    """The commit of a model that a hub knows by name, as it lies in the local cache; empty where that can't be seen.
+
+    A name and a branch say nothing of what was uploaded there since.
+    """
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return ""
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    except (HFValidationError, OSError):
+        return ""
+    return Path(found).parent.name if isinstance(found, str) else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...config import StoreConfig
 from ...errors import LayoutMismatchError
-from ..engine_config import folder_fingerprint, plain
+from ..engine_config import folder_fingerprint, hub_commit, plain
 
 __all__ = ["Rank", "identified", "request_salt", "unique_mark"]
 
@@ -54,13 +54,13 @@ def identified(config: StoreConfig, server_args: Any, rank: Rank, *, latent: boo
     """
     named = {name: plain(getattr(server_args, name, None)) or str(getattr(server_args, name, None)) for name in _NAMED}
     model = str(server_args.model_path)
-    named["weights"] = folder_fingerprint(model)
+    named["weights"] = folder_fingerprint(model) or hub_commit(model, getattr(server_args, "revision", None))
     if "dummy" in named["load_format"]:
         named["seed"] = str(getattr(server_args, "random_seed", None))
     named["lora"] = _adapters(getattr(server_args, "lora_paths", None))
     changed = dataclasses.replace(
         config,
-        model=config.model or (Path(model).name if named["weights"] else model),
+        model=config.model or (Path(model).name if Path(model).is_dir() else model),
         revision=config.revision or str(getattr(server_args, "revision", None) or ""),
         shard=config.shard or rank.shard(latent=latent),
         ram_capacity=max(1, config.ram_capacity // rank.processes),

@@ -271,3 +271,20 @@ def test_what_a_key_names(tmp_path: Path) -> None:
     assert len({(made.shard, made.model, extra) for made, extra in seen}) == len(seen)
     assert seen[-1][0].ram_capacity == config().ram_capacity // 2
     assert identified(config(), base, Rank(1, 2, 2), latent=True)[0].shard == ""
+
+
+def test_a_model_of_a_hub_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    seen = set()
+    for commit in ("a" * 40, "b" * 40):
+        file = str(tmp_path / "snapshots" / commit / "config.json")
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, file=file, **__: file)
+        made, extra = identified(
+            config(model=""), SimpleNamespace(model_path="org/model", load_format="auto"), Rank(), latent=False
+        )
+        assert made.model == "org/model"
+        seen.add(extra)
+    assert len(seen) == 2
+    monkeypatch.undo()
+    identified(config(), SimpleNamespace(model_path="no such/name/at all", load_format="auto"), Rank(), latent=False)
