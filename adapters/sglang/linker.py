@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from ...config import StoreConfig
-from ...errors import ConfigError, LayoutMismatchError, LMKVError
+from ...errors import LayoutMismatchError, LMKVError
 from ...handles import Lease, Match
 from . import telling
 from .counter import LayerCounter
@@ -121,11 +121,10 @@ class LMKVLinker(UnifiedCacheLinker):
         if not self._sees_weights:
             telling.logger.warning("LMKV: updates of weights can't be seen in this SGLang: a flush forgets what is kept")
         extra = dict(extra_config or {})
+        # a mistake in the user's own words ends the start; what can't be opened is a cache that is not there
         self._settings = read_settings(extra.pop("config_file", None), extra, os.environ)
         try:
             self._open(server_args, params, components)
-        except ConfigError:
-            raise  # the user's own words, not understood: better said now than served wrongly
         except (LMKVError, OSError) as error:
             self.give_up(f"{type(error).__name__}: {error}")
 

@@ -580,3 +580,17 @@ def test_sglangs_own_flags_find_the_linker(tiny_llama: Path) -> None:
     assert made.pages is not None
     assert made.pages.store.config.ram_capacity == 4 << 20
     made.close()
+
+
+def test_a_disk_that_can_not_be_used_is_no_reason_not_to_start(
+    rank_of: Callable[..., LinkedRank], lines: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    rank_of(settings=on_disk(tmp_path)).close()
+    (tmp_path / "file").touch()
+    nowhere = {"disk_path": str(tmp_path / "file" / "disk"), "disk_capacity": "64MiB"}
+    for settings in ({**on_disk(tmp_path), "chunk_size": 32}, nowhere):
+        rank = rank_of(settings=settings)
+        assert "not active" in lines()[-1]
+        for _ in range(2):
+            assert rank.run(TEXT) == (0, 0)
+            rank.flush()
