@@ -186,7 +186,11 @@ class LMKVLinker(UnifiedCacheLinker):
         if self.pages is None or found is None:
             return False
         self._release(found)
-        lease = self.pages.lease(found.match)
+        try:
+            lease = self.pages.lease(found.match)
+        except LMKVError as error:
+            self.telling.trouble("a hit was lost before its load", str(error))
+            return False
         if self.pages.tokens(lease) < found.first + tokens:
             lease.release()
             self.telling.trouble("a hit was lost before its load", f"{lease.hit_tokens} tokens of {found.first + tokens} came")

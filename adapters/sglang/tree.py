@@ -48,6 +48,8 @@ class LinkedTree(theirs.UnifiedCacheLinkerWrapper):
     def match(self, key: Any, req: Any, result: Any) -> Any:
         """What SGLang found in its tree, with what LMKV has behind that."""
         device = int(result.device_prefix_len)
+        self.hit_markers.pop(req.rid, None)  # what an earlier match promised, this one takes back
+        self.cache_linker.drop(req.rid)
         if self.cache_linker.why_not or getattr(key, "is_bigram", False):
             return result
         tokens = key.raw_token_ids()[: len(key) // self.cache.page_size * self.cache.page_size]

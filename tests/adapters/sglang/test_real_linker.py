@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang_linked import LinkedRank, make_pool, server_args
 
 from lmkv.adapters.sglang import linker as linker_module
@@ -594,3 +596,39 @@ def test_a_disk_that_can_not_be_used_is_no_reason_not_to_start(
         for _ in range(2):
             assert rank.run(TEXT) == (0, 0)
             rank.flush()
+
+
+def test_a_later_match_takes_back_what_an_earlier_one_promised(rank_of: Callable[..., LinkedRank]) -> None:
+    rank = rank_of()
+    rank.run(TEXT)
+    rank.flush()
+
+    def match(request: Any) -> int:
+        key = RadixKey(array("q", TEXT))
+        return int(rank.tree.match_prefix(MatchPrefixParams(key=key, req=request)).host_hit_length)
+
+    request = rank.admit([9, *MORE])
+    assert match(request) == 100
+    assert rank.tree.linker.has_hit(request.rid)
+    assert rank.linker.pages is not None
+    rank.linker.pages.store.clear()
+    assert match(request) == 0
+    assert not rank.tree.linker.has_hit(request.rid)
+    assert match(request) == 0
+    rank.abort(request)
+
+
+def test_a_store_that_dies_between_lookup_and_load_is_a_miss(rank_of: Callable[..., LinkedRank]) -> None:
+    rank = rank_of()
+    rank.run(TEXT)
+    rank.flush()
+    hold = rank.linker.hold
+
+    def dead(rid: str, tokens: int) -> bool:
+        assert rank.linker.pages is not None
+        rank.linker.pages.store.close()
+        return hold(rid, tokens)
+
+    rank.linker.hold = dead  # type: ignore[method-assign]
+    assert rank.run(TEXT) == (0, 0)
+    assert rank.run(TEXT) == (99, 0)
