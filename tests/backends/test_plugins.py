@@ -97,6 +97,6 @@ def test_a_plugin_that_does_not_load_is_named(plugin: Register) -> None:
 
 def test_names_that_nobody_registered(plugin: Register) -> None:
     plugin("lmkv.backends", "etcetera", "my_plugin:Mine")
-    with pytest.raises(ConfigError, match=r"of etcetera, .*lmdb, memory, .*; got 'etceterra'; did you mean 'etcetera'"):
+    with pytest.raises(ConfigError, match=r"of etcetera, .*lmdb, .*memory, .*; got 'etceterra'; did you mean 'etcetera'"):
         open_backend("etceterra", BackendSettings("m", LAYOUT))
     assert type(open_backend("Etcetera", BackendSettings("m", LAYOUT))).__name__ == "Mine"
