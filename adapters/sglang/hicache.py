@@ -125,8 +125,11 @@ class LMKVHiCacheStorage(HiCacheStorage):
             if self._pages is None:
                 kind = "pages as bytes"
                 self._of_size("kv", self._main_bytes)
-        served = f"{kind}, {mem_pool_host.page_size} tokens and {self._main_bytes} bytes each"
-        telling.active(_DOOR, f"{type(mem_pool_host).__name__} {mem_pool_host.layout}", self._config, served)
+        if self._rank.is_mla_model and self._rank.tp_size > 1 and not self._config.slow_tiers(""):
+            logger.warning("LMKV: one rank stores the latents of all; without a disk or a remote tier the others find nothing")
+        if self._rank.tp_rank == 0:  # it speaks for all
+            served = f"{kind}, {mem_pool_host.page_size} tokens and {self._main_bytes} bytes each"
+            telling.active(_DOOR, f"{type(mem_pool_host).__name__} {mem_pool_host.layout}", self._config, served)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """A host pool beside the model's KV, or that of the model's KV again."""
