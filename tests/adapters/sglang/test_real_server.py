@@ -17,6 +17,7 @@ from sglang_server import CPU, Server, serving
 
 SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
 TEXT = [i * 7 % 499 + 3 for i in range(300)]
+THIRD = [i * 13 % 499 + 7 for i in range(300)]
 OTHER = [i * 11 % 499 + 5 for i in range(300)]
 
 
@@ -47,6 +48,17 @@ def on_disk(folder: Path, tokens: int) -> None:
 def from_host(answer: list[int], cached: int, sources: dict[str, int]) -> tuple[list[int], int, int]:
     """An answer, its cached tokens, and how many of them did not come from SGLang's own cache."""
     return answer, cached, sources["host"]
+
+
+def damage(folder: Path) -> None:
+    """Change a bit in each used part of the disk tier's files, in place, as a device would."""
+    for segment in folder.glob("segment-*.kv"):
+        data = bytearray(segment.read_bytes())
+        for at in range(4096, len(data), 512):
+            if any(data[at : at + 512]):
+                data[at + 100] ^= 1
+        with segment.open("r+b") as file:
+            file.write(data)
 
 
 def many_at_once(server: Server) -> None:
@@ -112,7 +124,8 @@ def test_a_server_and_the_one_after_it(tiny_llama: Path, tmp_path: Path) -> None
         (line,) = server.lines("LMKV: active")
         assert "ram 64 MiB, disk 256 MiB" in line
         assert "chunks of 8 tokens" in line
-        on_disk(folder, 600 + 2 * 300)
+        third = server.generate(THIRD)[0]
+        on_disk(folder, 600 + 3 * 300)
         many_at_once(server)
     config = tmp_path / "lmcache.yaml"
     config.write_text(
@@ -123,6 +136,11 @@ def test_a_server_and_the_one_after_it(tiny_llama: Path, tmp_path: Path) -> None
         assert from_host(*server.generate(TEXT)) == (computed, 288, 288)
         assert server.generate(longer)[:2] == (answer, 592)
         assert server.generate(OTHER)[1] == 0
+        damage(folder)
+        answer, cached, _ = server.generate(THIRD)
+        assert answer == third
+        assert cached < 288
+        assert server.lines("LMKV: corrupt in disk")
         (line,) = server.lines("LMKV: active")
         assert "pages of 16" in line
 
