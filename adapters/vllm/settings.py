@@ -14,7 +14,7 @@ from typing import Any
 
 from ...config import StoreConfig
 from ...errors import ConfigError
-from ..engine_config import flag, folder_fingerprint, load_beside_engine, plain, whole_number
+from ..engine_config import flag, folder_fingerprint, hub_commit, load_beside_engine, plain, whole_number
 
 __all__ = ["Settings", "read_settings"]
 
@@ -103,8 +103,9 @@ def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[
     """The store's config with what vLLM knows of the model, and what else the KV depends on, as a namespace's ``extra``."""
     model = vllm_config.model_config
     cache = vllm_config.cache_config
+    folder = folder_fingerprint(str(model.model))
     named = {
-        "weights": folder_fingerprint(str(model.model)),
+        "weights": folder or hub_commit(str(model.model), model.revision),
         "load_format": str(vllm_config.load_config.load_format),
         "quantization": str(getattr(model, "quantization", None)),
         "cache_dtype": str(cache.cache_dtype),
@@ -116,7 +117,7 @@ def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[
     rope = getattr(model.hf_text_config, "rope_parameters", None) or getattr(model.hf_text_config, "rope_scaling", None)
     changed = dataclasses.replace(
         config,
-        model=config.model or (Path(str(model.model)).name if named["weights"] else str(model.model)),
+        model=config.model or (Path(str(model.model)).name if folder else str(model.model)),
         revision=config.revision or str(model.revision or ""),
         rope=config.rope or plain(rope),
         ram_shared=config.ram_shared or shared,
