@@ -40,6 +40,7 @@ def main() -> None:
     steps = [ask()]
     flush()
     steps.append(ask())
+    flush()  # SGLang ends if it can't flush behind an update, as while HiCache still backs up
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(settings["model_path"], folder, dirs_exist_ok=True)
         weights = Path(folder) / "model.safetensors"
