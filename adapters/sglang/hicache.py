@@ -32,7 +32,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from ...config import StoreConfig
-from ...errors import LayoutMismatchError, LMKVError
+from ...errors import CapacityError, LayoutMismatchError, LMKVError
 from ..engine_config import folder_fingerprint
 from . import telling
 from .host_pages import FlatPages, HostPages
@@ -102,34 +102,39 @@ class LMKVHiCacheStorage(HiCacheStorage):
     # -- pools ---------------------------------------------------------------------------------------------------------------
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """The host pool of the model's KV; opens the store.
-
-        Raises:
-            ConfigError, CapacityError, LayoutMismatchError: as :class:`lmkv.Store`; SGLang then stops with that message.
-        """
+        """The host pool of the model's KV; opens the store. Where that fails the reason is told, and nothing is served."""
         with self._lock:
             self.close()
             self.mem_pool_host = mem_pool_host
-            self._main_bytes = page_bytes(mem_pool_host)
-            arguments = _server_arguments(self._rank)
-            self._config, self._extra = identified(
-                self._with_shard(), arguments, _rank(self._rank, arguments), latent=bool(self._rank.is_mla_model)
-            )
-            draft = getattr(arguments, "speculative_draft_model_path", None)
-            if draft:  # its layers may be in the same pages
-                self._extra += f";draft={draft}:{folder_fingerprint(draft)}"
-            self._why = ""
-            kind = "pages in one copy"
-            if self._direct:
-                self._pages = self._open_pages(mem_pool_host)
-            if self._pages is None:
-                kind = "pages as bytes"
-                self._of_size("kv", self._main_bytes)
+            try:
+                kind = self._open(mem_pool_host)
+            except (LMKVError, OSError) as error:
+                self._main_bytes, self._why = 0, f"{type(error).__name__}: {error}"
+                telling.inactive(_DOOR, self._why)
+                return
         if self._rank.is_mla_model and self._rank.tp_size > 1 and not self._config.slow_tiers(""):
             logger.warning("LMKV: one rank stores the latents of all; without a disk or a remote tier the others find nothing")
         if self._rank.tp_rank == 0:  # it speaks for all
             served = f"{kind}, {mem_pool_host.page_size} tokens and {self._main_bytes} bytes each"
             telling.active(_DOOR, f"{type(mem_pool_host).__name__} {mem_pool_host.layout}", self._config, served)
+
+    def _open(self, pool: Any) -> str:
+        """Open the store of the model's KV; how pages are moved."""
+        self._main_bytes = page_bytes(pool)
+        arguments = _server_arguments(self._rank)
+        latent = bool(self._rank.is_mla_model)
+        self._config, self._extra = identified(self._with_shard(), arguments, _rank(self._rank, arguments), latent=latent)
+        draft = getattr(arguments, "speculative_draft_model_path", None)
+        if draft:  # its layers may be in the same pages
+            self._extra += f";draft={draft}:{folder_fingerprint(draft)}"
+        self._why = ""
+        if self._direct:
+            self._pages = self._open_pages(pool)
+        if self._pages is not None:
+            return "pages in one copy"
+        if self._of_size("kv", self._main_bytes) is None:
+            raise CapacityError("expected a store of pages as bytes; it can't be opened")
+        return "pages as bytes"
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """A host pool beside the model's KV, or that of the model's KV again."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ...errors import ConfigError, LMKVError
+from ...errors import LMKVError
 from . import telling
 from .identity import Rank, identified
 from .pages import PageStore
@@ -94,9 +94,6 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
     Args:
         context: ``TreeCacheBuildContext``.
         params: ``CacheInitParams``.
-
-    Raises:
-        ConfigError: settings that can't be used.
     """
     from sglang.srt.mem_cache.radix_cache import RadixCache
 
@@ -112,9 +109,7 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
     try:
         if not why:
             pages = _open_pages(params.token_to_kv_pool_allocator, settings, arguments, rank, told)
-    except ConfigError:
-        raise  # the user's own words, not understood: better said now than served wrongly
-    except (LMKVError, OSError) as error:
+    except (LMKVError, OSError) as error:  # what can't be opened is a cache that is not there
         why = f"{type(error).__name__}: {error}"
     # from here on the ranks meet at every lookup: all of them serve, or none
     together = bool(agree(int(pages is not None)))
