@@ -137,7 +137,10 @@ class RamTier:
         if len(extents) > _MANY:  # whoever needs slots right now should not have to share the memory with all this
             time.sleep(_HEAD_START)
         threads = max(1, min(8, (os.cpu_count() or 2) // 2, len(extents)))  # fresh pages come at about 1 GB/s a thread
-        with ThreadPoolExecutor(threads, thread_name_prefix="lmkv-prepare") as pool:
+        with (
+            contextlib.suppress(RuntimeError),  # no threads any more: the interpreter is going down
+            ThreadPoolExecutor(threads, thread_name_prefix="lmkv-prepare") as pool,
+        ):
             list(pool.map(self.pool.touch, extents))
         self._preparing = False
 
