@@ -19,10 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ...chunks import Namespace
 from ...config import StoreConfig
-from ...errors import ArgumentError, ConfigError, LayoutMismatchError
+from ...errors import ArgumentError, ConfigError, LayoutMismatchError, NativeError
 from ...events import EventSink
 from ...store import Match, Store
-from ...transfer import DenseKV
+from ...transfer import DenseKV, Gpu
 from .model import accepts, active_adapters, kv_fingerprint, layout_from, layout_of, namespace_settings, probe
 from .plan import generated_texts, mask_from_padding, plan_of
 from .room import Buffers, cache_over, empty_buffers
@@ -109,6 +109,7 @@ class KVReuse:
             extra=f"{store.namespace.extra}transformers:{kv_fingerprint(model)}"
         )
         self._places = [(key.device, key.dtype) for key in keys]
+        self._direct = _copies_directly({key.device for key in keys})
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._owns_store = False
         self._local = threading.local()
@@ -312,7 +313,7 @@ class KVReuse:
                 return 0
             begin, end = row.padding, row.padding + lease.hit_tokens
             parts = [tuple(t[row.index, :, begin:end] for t in pair) for pair in buffers]
-            if all(device.type == "cpu" for device, _ in self._places):
+            if self._direct:
                 return self.store.retrieve(lease, DenseKV(parts))
             hosts = [tuple(torch.empty(t.shape, dtype=t.dtype) for t in pair) for pair in parts]
             loaded = self.store.retrieve(lease, DenseKV(hosts))
@@ -363,12 +364,27 @@ class KVReuse:
             start = use.hit_tokens - use.hit_tokens % step  # chunks before were found whole
             begin, end = padding + start, padding + len(tokens)
             parts = [
-                (layer.keys[cache_row, :, begin:end].cpu(), layer.values[cache_row, :, begin:end].cpu())
-                for layer in loaded.cache.layers
+                (layer.keys[cache_row, :, begin:end], layer.values[cache_row, :, begin:end]) for layer in loaded.cache.layers
             ]
+            if not self._direct:
+                parts = [(keys.cpu(), values.cpu()) for keys, values in parts]
             source = DenseKV(parts, first_token=start)
             new[cache_row // copies] += self.store.store(tokens, source, start=start, namespace=namespace or self.namespace)
         self._local.uses = tuple(dataclasses.replace(use, new_tokens=n) for use, n in zip(loaded.uses, new, strict=True))
+
+
+def _copies_directly(devices: set[torch.device]) -> bool:
+    """Whether the store copies from and to tensors there itself; else they pass through host memory."""
+    if len(devices) != 1:
+        return False
+    device = next(iter(devices))
+    if device.type != "cuda":
+        return device.type == "cpu"
+    try:
+        Gpu.of(device.index or 0)
+    except NativeError:  # no driver of the kind we know, or no kernels for it
+        return False
+    return True
 
 
 def _tiers(match: Match | None, hit_tokens: int) -> dict[str, int]:
