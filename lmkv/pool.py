@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
 
@@ -53,6 +54,7 @@ class _Slab:
         self.slots_per_extent = slots_per_extent
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
+        self._bases = np.empty(0, np.int64)  # addresses of the views
         self._closed = False
         self._touch_lock = threading.Lock()
         self._touched: dict[int, threading.Event] = {}  # by extent; set once it was
@@ -97,12 +99,26 @@ class _Slab:
         begin = index * self.slot_bytes
         return self._views[extent][begin : begin + self.slot_bytes]
 
+    def addresses(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the memory of slots begins, for those who copy without taking views. Raises as :meth:`view`."""
+        if self._closed:
+            raise StoreClosedError("expected an open pool; it was closed")
+        known = len(self._bases) * self.slots_per_extent
+        wrong = slots[(slots < 0) | (slots >= known)]
+        if len(wrong):
+            raise ArgumentError(f"expected slots from 0 to {known - 1}; got {wrong[0]}")
+        extents, indices = np.divmod(slots, self.slots_per_extent)
+        found: npt.NDArray[np.int64] = self._bases[extents] + indices * self.slot_bytes
+        return found
+
     def _add(self, extent: mmap.mmap) -> None:
         self._maps.append(extent)
         self._views.append(memoryview(extent))
+        self._bases = np.append(self._bases, _address(self._views[-1]))
 
     def _unmap(self) -> None:
         self._closed = True
+        self._bases = np.empty(0, np.int64)
         self._views.clear()
         while self._maps:
             extent = self._maps.pop()
@@ -323,6 +339,12 @@ class MappedPool(_Slab):
         if slot >= len(self._maps) * self.slots_per_extent:
             self.refresh()
         return super().view(slot)
+
+    def addresses(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """As the owner's; extents that the owner added since are mapped on the way."""
+        if len(slots) and slots.max() >= len(self._maps) * self.slots_per_extent:
+            self.refresh()
+        return super().addresses(slots)
 
     def refresh(self) -> None:
         """Map the extents that the owner added since."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lmkv.errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
@@ -261,6 +262,25 @@ def test_a_closed_map_says_so() -> None:
     with pytest.raises(StoreClosedError, match="closed"):
         mapped.view(0)
     pool.close()
+
+
+def test_addresses_are_those_of_the_views() -> None:
+    pool = HostPool(4096, 7, extent_bytes=3 * 4096, shared=True)
+    slots = pool.allocate(7)
+    assert slots is not None
+    mapped = MappedPool(pool.handle())
+    for place in (pool, mapped):
+        addresses = place.addresses(np.array([6, 0, 3, 6]))
+        views = [np.frombuffer(place.view(slot), np.uint8) for slot in (6, 0, 3, 6)]
+        assert addresses.tolist() == [view.__array_interface__["data"][0] for view in views]
+        assert place.addresses(np.empty(0, np.int64)).tolist() == []
+        for wrong in (-1, 9):
+            with pytest.raises(ArgumentError, match=f"expected slots from 0 to 8; got {wrong}"):
+                place.addresses(np.array([0, wrong]))
+        del views
+        place.close()
+        with pytest.raises(StoreClosedError, match="expected an open pool"):
+            place.addresses(np.array([0]))
 
 
 def test_growing_ahead_makes_slots_free_and_changes_no_byte() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from typing import Any
 
 import known_kv
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 import lmkv
 from lmkv.errors import ArgumentError, LayoutMismatchError
 from lmkv.layout import DTYPES, KVLayout, LayerGroup
-from lmkv.transfer import DenseKV, KVAccess, PagedKV, Part, as_access, gather, payload_arrays, scatter
+from lmkv.transfer import CopyEngine, DenseKV, KVAccess, PagedKV, Part, PartTable, as_access, gather, payload_arrays, scatter
+from lmkv.transfer.engine import _early_groups, _late_groups
 
 native: Any = importlib.import_module("lmkv._native")
 
@@ -479,6 +481,32 @@ def test_signed_and_unsigned_bytes_are_not_mixed_up() -> None:
     layout = LAYOUTS["bytes"]
     with pytest.raises(LayoutMismatchError, match="int8"):
         DenseKV(layers_of((1, 29, 7), "uint8", count=2)).check(layout, 0, 8)
+
+
+@given(layers=st.integers(1, 200))
+def test_groups_of_layers_are_small_where_they_are_waited_for(layers: int) -> None:
+    early, late = _early_groups(layers).tolist(), _late_groups(layers).tolist()
+    for ends in (early, late):
+        assert ends[-1] == layers
+        assert all(a < b for a, b in itertools.pairwise([0, *ends]))
+    assert early[0] == 1
+    sizes = [b - a for a, b in itertools.pairwise([0, *late])]
+    assert sizes[-1] <= 2
+    assert all(size <= 5 * after for size, after in itertools.pairwise(sizes))
+
+
+def test_a_table_of_parts() -> None:
+    payload = bytearray(64)
+    spans = [(0, 8, 0, 8), (8, 16, 8, 12), (16, 20, 17, 20), (20, 24, 20, 24)]
+    table = PartTable.of([Part(memoryview(payload), *span) for span in spans])
+    assert table.tokens == 19
+    assert table.runs() == [(0, 12), (17, 24)]
+    assert table.rows[:, 1:].tolist() == [[8, 0, 8, 0], [8, 0, 4, 8], [4, 1, 3, 12], [4, 0, 4, 15]]  # held, first, tokens, at
+    assert PartTable.of([]).runs() == []
+    layers = [(np.zeros((4, 8, 1, 8), np.float16), np.zeros((4, 8, 1, 8), np.float16))]
+    engine = CopyEngine(layers, KVLayout.dense(layers=1, heads=1, head_size=8, dtype="float16", chunk_tokens=8))
+    with pytest.raises(ArgumentError, match="expected a sequence of parts"):
+        engine.scatter(table, [[0, 1, 2]])
 
 
 def test_what_an_access_is() -> None:

@@ -14,7 +14,7 @@ import torch
 from ...errors import LayoutMismatchError, LMKVError
 from ...layout import KVLayout
 from ...record import payload_offset
-from ...transfer import Copy, CopyEngine, Part
+from ...transfer import Copy, CopyEngine, Part, PartTable
 from .geometry import ShardGeometry
 from .packed_copies import PackedEngine
 from .plans import CopyOrder
@@ -29,6 +29,9 @@ class SlotMemory(Protocol):
 
     def view(self, slot: int) -> memoryview:
         """The memory of a slot."""
+
+    def addresses(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the memory of slots begins."""
 
     def extents(self) -> list[tuple[int, int]]:
         """Address and size of the memory that slots are in."""
@@ -47,6 +50,7 @@ class Running:
         error: what went wrong, empty if nothing did.
         begun: when, by the performance counter.
         seconds: how long it took, as far as is known; for a copy on a device up to when it was first seen done.
+        awaited: by stream, how many layers it waits for already.
     """
 
     order: CopyOrder
@@ -54,6 +58,7 @@ class Running:
     error: str = ""
     begun: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
+    awaited: dict[int, int] = field(default_factory=dict)
 
     def done(self) -> bool:
         """Whether it has ended, well or not; never blocks."""
@@ -146,22 +151,35 @@ class Copier:
     def wait_layer(self, running: Running, name: str) -> None:
         """Have torch's current stream wait for one layer of a load; an unknown layer waits for none."""
         number = self._layer_numbers.get(name)
-        if number is not None and running.copy is not None:
-            running.copy.wait_layer(number)
+        if number is not None:
+            self._wait(running, number)
 
     def wait_all(self, running: Running) -> None:
         """Have torch's current stream wait for all of a load."""
-        if running.copy is not None:
-            running.copy.wait_layer(len(self._layer_numbers) - 1)
+        self._wait(running, len(self._layer_numbers) - 1)
 
-    def _arguments(self, order: CopyOrder) -> tuple[list[Part], list[npt.NDArray[np.int32]]]:
+    def _wait(self, running: Running, layer: int) -> None:
+        """Layers come in groups: one wait a group, since each costs a place among what was launched ahead."""
+        if running.copy is None or self.device is None:
+            return
+        stream = int(torch.cuda.current_stream(self.device).cuda_stream)
+        if layer >= running.awaited.get(stream, 0):
+            running.awaited[stream] = running.copy.wait_layer(layer, stream)
+
+    def _arguments(self, order: CopyOrder) -> tuple[list[Part] | PartTable, list[npt.NDArray[np.int32]]]:
         """The order as the engine takes it: positions are counted from the base, since blocks before it are not named."""
+        return self._parts(order), [_tensor_blocks(ids, pieces) for ids, pieces in zip(order.blocks, self._pieces, strict=True)]
+
+    def _parts(self, order: CopyOrder) -> list[Part] | PartTable:
         base = order.base
+        if self.device is not None:  # nothing reaches the wire before this is done
+            table = np.array([(part.slot, part.first, part.last, part.start, part.stop) for part in order.parts], np.int64)
+            return PartTable(self._slots.addresses(table[:, 0]) + self._offset, table[:, 1:] - base, self._slots)
         parts: list[Part] = []
         for part in order.parts:
             payload = self._slots.view(part.slot)[self._offset : self._offset + (part.last - part.first) * self._token_bytes]
             parts.append(Part(payload, part.first - base, part.last - base, part.start - base, part.stop - base))
-        return parts, [_tensor_blocks(ids, pieces) for ids, pieces in zip(order.blocks, self._pieces, strict=True)]
+        return parts
 
 
 def _tensor_blocks(ids: Sequence[int], pieces: int) -> npt.NDArray[np.int32]:

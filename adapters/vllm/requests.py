@@ -57,6 +57,7 @@ class RequestState:
         blocks: its block ids by KV cache group, as they were given out; a window's may have been taken back since.
         computed: tokens that vLLM's own cache held when it last asked.
         lease: holds what was found until it is loaded.
+        between_steps: it is loaded while others run, not before the next step.
         looked_at: ``(tokens, generation of the store)`` of the last lookup that found nothing, so as not to repeat it.
         prefetch, give_up: slow tiers being read, and until when they are waited for.
         computing: tokens that are computed before its first answer, and since when.
@@ -75,6 +76,7 @@ class RequestState:
     blocks: list[list[int]] = field(default_factory=list)
     computed: int = 0
     lease: Lease | None = None
+    between_steps: bool = False
     looked_at: tuple[int, int] = (-1, -1)
     prefetch: Future[int] | None = None
     give_up: float = 0.0

@@ -31,6 +31,8 @@ logger = init_logger("vllm.lmkv.scheduler")
 
 #: A token to compute takes at least as long as so many to load: a forward pass of few tokens is over before their KV is there.
 _LOADED_A_COMPUTED = 16
+#: What a load may make others wait for: more, and it is made between steps while they run. Half a millisecond of a fast wire.
+_MOST_BEFORE_A_STEP = 32 << 20
 
 
 class SchedulerHalf:
@@ -69,6 +71,8 @@ class SchedulerHalf:
         self._freed_step = 0  # the last step up to which a request may have run whose blocks came free
         self._steps_in_flight = math.inf  # at most, the one that is being scheduled counted
         self._renewed = False  # leases, in the step that is being scheduled
+        self._on_gpu = False
+        self._others_run = False  # in the last step, behind their first one
         self._bypass_reasons: set[str] = set()
         for line in settings.warnings:
             logger.warning("LMKV: %s", line)
@@ -91,6 +95,7 @@ class SchedulerHalf:
         if not any(next(iter(shards.values())).windows):  # a window's blocks come free while a request runs
             drafts = self._vllm_config.speculative_config is not None  # computed behind the answer that ends a step
             self._steps_in_flight = getattr(self._vllm_config, "max_concurrent_batches", math.inf) + drafts
+        self._on_gpu = any(shard.device == "cuda" for shard in shards.values())
         replicated = all(shard.latent for shard in shards.values())
         first_layer: dict[tuple[int, int], int] = {}
         groups: list[Any] = []
@@ -112,7 +117,7 @@ class SchedulerHalf:
         self.store.namespace = self.store.namespace.replace(extra=self._extra)
         key = uuid.uuid4().hex
         offer_pool(key, self.store._ram.pool)
-        if config.ram_pin and any(shard.device == "cuda" for shard in shards.values()):
+        if config.ram_pin and self._on_gpu:
             # mapped now, so that workers can pin ahead of use; pages come when they do
             self.store._ram.pool.grow_ahead(config.ram_capacity)
         handle = self.store.pool_handle() if config.ram_shared else None
@@ -194,7 +199,17 @@ class SchedulerHalf:
         hit = min(state.lease.hit_tokens, most)
         if hit - computed < self._settings.min_load_tokens:
             return 0, False
-        return hit - computed, self._settings.load == "async"
+        state.between_steps = self._between_steps(hit - computed)
+        return hit - computed, state.between_steps
+
+    def _between_steps(self, tokens: int) -> bool:
+        """Whether a load of so many tokens is made while others run, who would all wait for it if it came before a step."""
+        if self._settings.load != "auto":
+            return self._settings.load == "async"
+        if not self._on_gpu or not self._others_run:  # a CPU's copies take the processors that others run on
+            return False
+        behind = any(record.order.load and not record.order.waits for record in self._copies.values())
+        return behind or tokens * self._token_bytes > _MOST_BEFORE_A_STEP
 
     def allocated(self, request: Any, block_ids: tuple[list[int], ...], external: int) -> None:
         """vLLM gave the request blocks; ``external`` tokens of them are to be loaded."""
@@ -215,7 +230,7 @@ class SchedulerHalf:
             for slot in lease.slots
             if start < slot.start + slot.tokens and slot.start < stop
         )
-        order = self._order(state, parts, block_ids, load=True, waits=self._settings.load != "async")
+        order = self._order(state, parts, block_ids, load=True, waits=not state.between_steps)
         self._loads.append(order)
         self._copies[order.id] = CopyRecord(order, state, lease)
         state.copies.add(order.id)
@@ -278,6 +293,7 @@ class SchedulerHalf:
             healed=self._healed,
         )
         self._loads, self._newly_held, self._renewed = [], set(), False
+        self._others_run = bool(output.scheduled_cached_reqs.req_ids)
         return orders
 
     def _follow_blocks(self, output: Any) -> None:

@@ -100,8 +100,10 @@ class WorkerHalf:
         self._step = orders.step
         if orders.pool is not None and self._copier is None:
             self._open(orders.pool)
-        for order in orders.loads:
-            running = self._begin_load(order, orders)
+        awaited = sorted((order for order in orders.loads if order.waits), key=lambda order: order.tokens)
+        whole = awaited[:-1] if orders.quick_pass else []  # layers are computed beside the last and largest load only
+        for order in awaited + [order for order in orders.loads if not order.waits]:
+            running = self._begin_load(order, orders, by_layers=order not in whole)
             self._running.append(running)
             if running.error and order.waits:
                 self._failed_step = orders.step
@@ -190,9 +192,8 @@ class WorkerHalf:
             self._stores = self._rank in info.stores
             self._copier = Copier(geometry, info.layout, info.first_layer[self._rank], slots)
             if info.pin and self._copier.device is not None:
-                self._pinner = Pinner(slots, Gpu.of(self._copier.device), emit=Emitter(self._told))
-                if self._pin_at_start:
-                    self._pinner.wait()
+                gpu = Gpu.of(self._copier.device)
+                self._pinner = Pinner(slots, gpu, emit=Emitter(self._told), at_start=self._pin_at_start)
         except LMKVError as error:
             self._refusal = f"{type(error).__name__}: {error}"
             logger.warning("LMKV: rank %s can't reach the slots: %s", self._rank, self._refusal)
@@ -204,10 +205,10 @@ class WorkerHalf:
     def _told(event: Event) -> None:
         logger.warning("LMKV: %s: %s", event.kind, dict(event.detail))
 
-    def _begin_load(self, order: CopyOrder, orders: Orders) -> Running:
+    def _begin_load(self, order: CopyOrder, orders: Orders, *, by_layers: bool) -> Running:
         if self._copier is None:
             return self._unmapped(order)
-        layerwise = self._layerwise and order.waits
+        layerwise = self._layerwise and order.waits and by_layers
         return self._copier.load(order, layerwise=layerwise, quick_pass=orders.quick_pass, behind=orders.behind)
 
     def _begin_store(self, order: CopyOrder) -> Running:

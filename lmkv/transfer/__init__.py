@@ -8,7 +8,7 @@ from .access import DenseKV, KVAccess, PagedKV, as_access
 from .engine import Copy, CopyEngine, CopyMade, gather, scatter
 from .gpu import Gpu, GpuOptions
 from .pinning import Pinner, Pins
-from .plan import Part, payload_arrays
+from .plan import Part, PartTable, payload_arrays
 from .rows import device_of
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "KVAccess",
     "PagedKV",
     "Part",
+    "PartTable",
     "Pinner",
     "Pins",
     "as_access",

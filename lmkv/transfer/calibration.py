@@ -23,7 +23,7 @@ from ..errors import NativeError
 from ..layout import KVLayout
 from ..pool import HostPool, populate
 from .gpu import Gpu, GpuOptions
-from .plan import Part, Plan
+from .plan import Part, PartTable, Plan
 from .rows import Layers, row_table
 
 __all__ = ["calibrate", "calibrated", "tuned"]
@@ -94,7 +94,7 @@ def calibrate(gpu: Gpu) -> GpuOptions:
         for tokens in _TOKENS:
             part = Part(pool.view(0), 0, tokens, 0, tokens)
             places = np.array([(t // 16, t % 16) for t in range(tokens)], np.int32)
-            plan = Plan(row_table(rows, _LAYOUT), [part], [places])
+            plan = Plan(row_table(rows, _LAYOUT), PartTable.of([part]), [places])
             size = tokens * _LAYOUT.token_bytes
             gpu.tune(dataclasses.replace(defaults, direct_bytes=size))
             direct = _seconds(gpu, plan, len(rows))

@@ -14,7 +14,7 @@ from ..layout import KVLayout
 from .access import KVAccess, Places, paged_places
 from .calibration import tuned
 from .host import copy_compiled, copy_numpy, needs_numpy
-from .plan import Part, Plan
+from .plan import Part, PartTable, Plan
 from .rows import Bits, Layers, Row, device_of, layer_shapes, row_table
 
 __all__ = ["Copy", "CopyEngine", "CopyMade", "gather", "scatter"]
@@ -35,12 +35,16 @@ class Copy(Protocol):
     def wait(self) -> None:
         """Block until every byte has arrived. Raises as :meth:`done`."""
 
-    def wait_layer(self, layer: int, stream: int | None = None) -> None:
+    def wait_layer(self, layer: int, stream: int | None = None) -> int:
         """Have a stream wait, on the device, until a layer has arrived.
 
         Args:
             layer: number of a layer of the engine's.
             stream: handle of a CUDA stream; 0 is the default stream, ``None`` torch's current one.
+
+        Returns:
+            How many layers, counted from the first, are there once the wait is over: at least ``layer + 1``. For these the
+            stream need not wait again.
         """
 
 
@@ -57,8 +61,9 @@ class CopyMade:
     def wait(self) -> None:
         """Nothing to wait for."""
 
-    def wait_layer(self, layer: int, stream: int | None = None) -> None:
+    def wait_layer(self, layer: int, stream: int | None = None) -> int:
         """Nothing to wait for."""
+        return layer + 1
 
 
 class CopyEngine:
@@ -97,6 +102,7 @@ class CopyEngine:
         self._layer_rows = np.cumsum(kinds, dtype=np.int64)
         self._gpu = None if self.device is None else tuned(self.device)
         self._table = row_table(self._rows, layout, first_row=self._first_row, tables=self._tables)
+        self._token_bytes = int((self._table[:, 6] * self._table[:, 7]).sum())
         self._block_tokens = self._sizes()
 
     def _sizes(self) -> list[int]:
@@ -116,11 +122,11 @@ class CopyEngine:
         """Tokens a block, by block table."""
         return list(self._block_tokens)
 
-    def gather(self, parts: Sequence[Part], blocks: Sequence[Any], *, stream: int | None = None) -> Copy:
+    def gather(self, parts: Sequence[Part] | PartTable, blocks: Sequence[Any], *, stream: int | None = None) -> Copy:
         """Engine memory to payloads.
 
         Args:
-            parts: what to copy.
+            parts: what to copy; a table of parts for an engine on a GPU only.
             blocks: the text's block ids by block table, each a sequence or int32 array; -1 leaves a block's tokens out.
             stream: the copy begins once what is in this stream has run; see :meth:`Copy.wait_layer`.
 
@@ -132,7 +138,7 @@ class CopyEngine:
 
     def scatter(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Part] | PartTable,
         blocks: Sequence[Any],
         *,
         stream: int | None = None,
@@ -154,18 +160,21 @@ class CopyEngine:
 
     def _copy(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Part] | PartTable,
         blocks: Sequence[Any],
         stream: int | None,
         ends: npt.NDArray[np.int64],
         *,
         into_payloads: bool,
     ) -> Copy:
-        places = self._places(parts, blocks)
-        size = int(sum(part.stop - part.start for part in parts) * (self._table[:, 6] * self._table[:, 7]).sum())
         if self._gpu is not None:
-            plan = Plan(self._table, parts, places)
+            table = parts if isinstance(parts, PartTable) else PartTable.of(parts)
+            plan = Plan(self._table, table, self._places(table.runs(), blocks))
+            size = table.tokens * self._token_bytes
             return self._gpu.start(plan, ends, self._layer_rows.tolist(), size, into_payloads=into_payloads, stream=stream)
+        if isinstance(parts, PartTable):
+            raise ArgumentError("expected a sequence of parts, since this engine's tensors are in host memory; got a table")
+        places = self._places(_runs(parts), blocks)
         _copy_host(
             typing.cast(Sequence[Bits], self._rows),
             self._table,
@@ -176,33 +185,31 @@ class CopyEngine:
             places,
             into_payloads=into_payloads,
         )
-        return CopyMade(size)
+        return CopyMade(sum(part.stop - part.start for part in parts) * self._token_bytes)
 
-    def _places(self, parts: Sequence[Part], blocks: Sequence[Any]) -> list[Places]:
+    def _places(self, runs: Sequence[tuple[int, int]], blocks: Sequence[Any]) -> list[Places]:
         if len(blocks) != len(self._block_tokens):
             raise ArgumentError(f"expected {len(self._block_tokens)} block tables; got {len(blocks)}")
         found: list[Places] = []
         for given, size in zip(blocks, self._block_tokens, strict=True):
             ids = np.asarray(given, dtype=np.int32)
-            for part in parts:
-                if part.start < 0 or part.stop > len(ids) * size:
-                    raise ArgumentError(
-                        f"expected blocks for tokens {part.start} to {part.stop}; got {len(ids)} of {size} tokens"
-                    )
-            spans = [paged_places(ids, size, start, stop) for start, stop in _spans(parts)]
+            for start, stop in runs:
+                if start < 0 or stop > len(ids) * size:
+                    raise ArgumentError(f"expected blocks for tokens {start} to {stop}; got {len(ids)} of {size} tokens")
+            spans = [paged_places(ids, size, start, stop) for start, stop in runs]
             found.append(np.concatenate(spans) if spans else np.empty((0, 2), np.int32))
         return found
 
 
-def _spans(parts: Sequence[Part]) -> list[tuple[int, int]]:
-    """The parts' positions, where one follows another as one span."""
-    spans: list[tuple[int, int]] = []
+def _runs(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """The parts' positions, where one follows another as one run."""
+    runs: list[tuple[int, int]] = []
     for part in parts:
-        if spans and spans[-1][1] == part.start:
-            spans[-1] = (spans[-1][0], part.stop)
+        if runs and runs[-1][1] == part.start:
+            runs[-1] = (runs[-1][0], part.stop)
         else:
-            spans.append((part.start, part.stop))
-    return spans
+            runs.append((part.start, part.stop))
+    return runs
 
 
 def _early_groups(layers: int) -> npt.NDArray[np.int64]:
@@ -217,12 +224,17 @@ def _early_groups(layers: int) -> npt.NDArray[np.int64]:
 
 
 def _late_groups(layers: int) -> npt.NDArray[np.int64]:
-    """The same for a pass that is quicker than the copy: two thirds of what is left in turn, down to the last four layers."""
-    ends = [0]
-    while ends[-1] < layers:
-        left = layers - ends[-1]
-        ends.append(layers if left <= 4 else layers - left // 3)
-    return np.array(ends[1:])
+    """The same for a pass that is quicker than the copy: two layers last, before them eight, …
+
+    So a group is computed while the next one, a quarter as large, is brought: in a pass over few tokens a layer takes less than
+    a quarter of its KV's time.
+    """
+    ends, left, size = [], layers, 2
+    while left:
+        ends.append(left)
+        left = 0 if left <= size + size // 4 else left - size
+        size *= 4
+    return np.array(ends[::-1])
 
 
 def _copy_host(
@@ -260,11 +272,11 @@ def scatter(access: KVAccess, parts: Sequence[Part], layout: KVLayout) -> None:
 
 def _move(access: KVAccess, parts: Sequence[Part], layout: KVLayout, *, into_payloads: bool) -> None:
     rows: Sequence[Row] = access.rows
-    spans = [access.places(start, stop) for start, stop in _spans(parts)]
+    spans = [access.places(start, stop) for start, stop in _runs(parts)]
     places = [np.concatenate(spans)] if spans else [np.empty((0, 2), np.int32)]
     device = device_of(rows)
     if device is not None:
-        plan = Plan(row_table(rows, layout), parts, places)
+        plan = Plan(row_table(rows, layout), PartTable.of(parts), places)
         everything = np.array([len(rows)])
         tuned(device).start(plan, everything, everything.tolist(), 0, into_payloads=into_payloads, stream=None).wait()
         return

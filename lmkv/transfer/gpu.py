@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import sys
 import threading
@@ -197,7 +198,7 @@ class Gpu:
         )
         if handle == native.ffi.NULL:
             raise NativeError(_text(why))
-        return GpuCopy(self, handle, plan, layer_rows, size)
+        return GpuCopy(self, handle, plan, order, layer_rows, size)
 
     def stream(self, stream: int | None) -> int:
         """The handle of a stream; torch's current one for ``None``, the default one where torch is not loaded."""
@@ -214,10 +215,13 @@ class GpuCopy:
         bytes: how many it moves.
     """
 
-    def __init__(self, gpu: Gpu, handle: Any, plan: Plan, layer_rows: Sequence[int], size: int) -> None:
+    def __init__(
+        self, gpu: Gpu, handle: Any, plan: Plan, ends: npt.NDArray[np.int64], layer_rows: Sequence[int], size: int
+    ) -> None:
         self._gpu = gpu
         self._handle = handle
         self._plan: Plan | None = plan  # its payloads and rows must stay
+        self._ends = ends
         self._layer_rows = layer_rows
         self.bytes = size
 
@@ -242,14 +246,16 @@ class GpuCopy:
             raise NativeError(_text(why))
         self._forget()
 
-    def wait_layer(self, layer: int, stream: int | None = None) -> None:
+    def wait_layer(self, layer: int, stream: int | None = None) -> int:
         """See :meth:`lmkv.transfer.Copy.wait_layer`."""
         if self._handle is None:
-            return
+            return len(self._layer_rows)
         why = _message()
         row = self._layer_rows[layer] - 1
         if native.lib.lmkv_gpu_order(self._handle, row, self._gpu.stream(stream), why, _ROOM):
             raise NativeError(_text(why))
+        end = self._ends[np.searchsorted(self._ends, row, side="right")]
+        return bisect.bisect_right(self._layer_rows, end)
 
     def _forget(self) -> None:
         handle, self._handle = self._handle, None

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..layout import KVLayout
 from .access import Places
-from .plan import Part, Plan, native, payload_arrays, refused
+from .plan import Part, PartTable, Plan, native, payload_arrays, refused
 from .rows import Bits
 
 __all__ = ["copy_compiled", "copy_numpy", "needs_numpy"]
@@ -35,7 +35,7 @@ def copy_compiled(
     Raises:
         NativeError: an invalid plan; nothing was copied.
     """
-    plan = Plan(table, parts, places)
+    plan = Plan(table, PartTable.of(parts), places)
     why = native.ffi.new("char[]", _ROOM)
     if native.lib.lmkv_host_copy(plan.struct, into_payloads, threads, why, _ROOM) < 0:
         raise refused(why)

@@ -23,6 +23,8 @@ __all__ = ["Pinner", "Pins"]
 
 #: What one call pins: the driver serves nobody else meanwhile, so a copy may have to wait for as long as that takes.
 _MOST = 64 << 20
+#: The same where nobody copies yet: slots side by side in one pinned range can share a transfer.
+_MOST_AT_START = 1 << 30
 #: Seconds that a store's first copy has the machine to itself.
 _DELAY = 0.1
 _SHORTEST, _LONGEST = 0.002, 0.25  # seconds between looks at a pool that still grows
@@ -49,10 +51,18 @@ class Pinner:
         threads: how many make memory ready; by default one for every two processors, at most eight.
         delay: seconds before it begins, so that who has just started comes first.
         emit: told ``unpinned`` of an extent that the driver refuses to pin.
+        at_start: return once all that the pool has now is pinned, or refused; in larger pieces, since no copy waits.
     """
 
     def __init__(
-        self, pool: Extents, gpu: Gpu, *, threads: int | None = None, delay: float = 0.0, emit: Emitter | None = None
+        self,
+        pool: Extents,
+        gpu: Gpu,
+        *,
+        threads: int | None = None,
+        delay: float = 0.0,
+        emit: Emitter | None = None,
+        at_start: bool = False,
     ) -> None:
         self._pool = pool
         self._gpu = gpu
@@ -63,8 +73,12 @@ class Pinner:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._done = 0  # extents
+        self._most = _MOST_AT_START if at_start else _MOST
         self._thread = threading.Thread(target=self._run, name="lmkv-pin", daemon=True)
         self._thread.start()
+        if at_start:
+            self.wait()
+            self._most = _MOST
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until what the pool has now is pinned, or refused; ``False`` if ``timeout`` seconds were not enough."""
@@ -108,7 +122,7 @@ class Pinner:
             return
         self._pool.touch(number)
         address, size = extent
-        most = max(1, _MOST // self._pool.slot_bytes) * self._pool.slot_bytes
+        most = max(1, self._most // self._pool.slot_bytes) * self._pool.slot_bytes
         for at in range(0, size, most):
             if self._stop.is_set():
                 return

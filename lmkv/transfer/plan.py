@@ -38,6 +38,40 @@ class Part:
     stop: int
 
 
+class PartTable:
+    """Many parts as one table, for those who know where payloads are and how often that is asked for.
+
+    Args:
+        addresses: where payloads begin, int64 [parts].
+        spans: of each what a :class:`Part` says, int64 [parts, 4]: first, last, start, stop.
+        holds: whatever keeps the payloads' memory; kept as long as the table.
+    """
+
+    def __init__(self, addresses: npt.NDArray[np.int64], spans: npt.NDArray[np.int64], holds: Any = None) -> None:
+        first, last, start, stop = spans.T
+        tokens = stop - start
+        self.rows = np.stack((addresses, last - first, start - first, tokens, np.cumsum(tokens) - tokens), axis=1)
+        self.tokens = int(tokens.sum())
+        self._holds = holds
+        self._ends = (start, stop)
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> PartTable:
+        """The table of parts."""
+        ffi = native.ffi
+        addresses = [int(ffi.cast("uintptr_t", ffi.from_buffer(part.payload))) for part in parts]
+        spans = np.array([(part.first, part.last, part.start, part.stop) for part in parts], np.int64).reshape(-1, 4)
+        return cls(np.array(addresses, np.int64), spans, [part.payload for part in parts])
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The parts' positions, where one follows another as one run."""
+        start, stop = self._ends
+        if not len(start):
+            return []
+        breaks = np.flatnonzero(start[1:] != stop[:-1])
+        return list(zip(start[np.append(0, breaks + 1)].tolist(), stop[np.append(breaks, -1)].tolist(), strict=True))
+
+
 def payload_arrays(payload: memoryview, layout: KVLayout, tokens: int) -> list[Bits]:
     """A payload of ``tokens`` tokens as one array of bits a layer group, [layers, kv, heads, tokens, head_size]."""
     arrays: list[Bits] = []
@@ -55,28 +89,20 @@ class Plan:
 
     Args:
         rows: from :func:`lmkv.transfer.rows.row_table`.
-        parts: what to copy.
+        parts: what to copy, in the columns of ``lmkv_part``.
         places: of all parts' tokens in the parts' order, one array a block table.
 
     Raises:
         NativeError: the compiled part was not built.
     """
 
-    def __init__(self, rows: npt.NDArray[np.int64], parts: Sequence[Part], places: Sequence[Places]) -> None:
+    def __init__(self, rows: npt.NDArray[np.int64], parts: PartTable, places: Sequence[Places]) -> None:
         if native.lib is None:
             raise NativeError("expected the compiled part; it was not built: install a C compiler and reinstall lmkv")
         self._rows = np.ascontiguousarray(rows)
         self._places = np.ascontiguousarray(np.stack(places), dtype=np.int32)
-        ffi = native.ffi
-        lines: list[tuple[int, ...]] = []  # the columns of lmkv_part
-        at = 0
-        for part in parts:
-            address = int(ffi.cast("uintptr_t", ffi.from_buffer(part.payload)))
-            lines.append((address, part.last - part.first, part.start - part.first, part.stop - part.start, at))
-            at += part.stop - part.start
-        table = np.array(lines, dtype=np.int64).reshape(-1, 5)
-        self._parts = table
-        self._held = [part.payload for part in parts]
+        self._parts = parts
+        table = parts.rows
         self.struct = native.ffi.new(
             "lmkv_plan *",
             {

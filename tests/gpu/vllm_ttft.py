@@ -5,13 +5,15 @@ prompts; nothing is fetched. One JSON object a line: name, value, unit, referenc
 same call where it ran, ratio = value / reference. With ``--log FOLDER`` each process's output is kept there.
 
 Tests: ``seq`` (prompts one by one, cold and then twice again), ``batch`` (all at once, cold and again), ``long`` (documents,
-then in another order with a new question behind each), ``misses`` (a load without any reuse).
+then in another order with a new question behind each), ``misses`` (a load without any reuse), ``mixed`` (known prompts arrive
+one after the other while eight requests are being answered: what these wait between tokens, what the arrivals for their first).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -78,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", default="none,lmkv", help=f"out of {', '.join(MODES)}")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
-    parser.add_argument("--tests", default="seq,batch,long,misses")
+    parser.add_argument("--tests", default="seq,batch,long,misses,mixed")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--dtype", default="bfloat16")
@@ -223,7 +225,7 @@ class Bench:
 
     def batch(self) -> None:
         prompts = [self.prompt(self.args.prompt_tokens) for _ in range(self.args.prompts)]
-        for what in ("batch/cold", "batch/warm"):
+        for what in ("batch/cold", "batch/warm", "batch/warm2", "batch/warm3"):
             took, outputs = self.ask(prompts)
             say(self.name(what), took, "ms", cached=min(output.num_cached_tokens or 0 for output in outputs))
             self.between()
@@ -234,6 +236,42 @@ class Bench:
             self.one_by_one(what, [document + self.prompt(self.args.question_tokens) for document in documents])
             self.random.shuffle(documents)
             self.between()
+
+    def mixed(self) -> None:
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        known = [self.prompt(self.args.prompt_tokens) for _ in range(self.args.prompts)]
+        for prompt in known:
+            self.ask([prompt])
+        self.between()
+        answers = SamplingParams(max_tokens=1000, temperature=0.0, detokenize=False, ignore_eos=True)
+        for number in range(8):
+            engine.add_request(f"answered-{number}", {"prompt_token_ids": self.prompt(200)}, answers)
+        seen: list[float] = []  # when the answered requests got a token
+        arrived: dict[str, float] = {}
+        waits: list[float] = []
+        steps = 0
+        while len(waits) < len(known):
+            outputs = engine.step()
+            now = time.perf_counter()
+            if any(output.request_id.startswith("answered") for output in outputs):
+                seen.append(now)
+                steps += 1
+            waits += [(now - arrived.pop(output.request_id)) * 1e3 for output in outputs if output.request_id in arrived]
+            if not arrived and len(waits) < len(known) and steps >= 30:
+                steps = 0
+                prompt = known[len(waits)]
+                arrived[str(len(waits))] = time.perf_counter()
+                engine.add_request(str(len(waits)), {"prompt_token_ids": prompt}, self.sampling)
+        engine.abort_request([f"answered-{number}" for number in range(8)])
+        while engine.has_unfinished_requests():
+            engine.step()
+        gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(seen))
+        say(self.name("mixed/first_token"), statistics.median(waits), "ms", all=[round(wait, 1) for wait in waits])
+        longest = [round(gap, 1) for gap in gaps[-len(known) :]]
+        say(self.name("mixed/between_tokens"), statistics.median(gaps), "ms", longest=longest)
+        say(self.name("mixed/between_tokens_longest"), statistics.median(longest), "ms")
 
     def misses(self) -> None:
         times = []

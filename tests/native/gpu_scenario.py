@@ -14,7 +14,7 @@ driver = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # under the name by 
 import lmkv  # noqa: E402
 from lmkv.errors import ArgumentError, LayoutMismatchError, NativeError  # noqa: E402
 from lmkv.pool import HostPool, MappedPool  # noqa: E402
-from lmkv.transfer import CopyEngine, Gpu, GpuOptions, PagedKV, Part, Pinner  # noqa: E402
+from lmkv.transfer import CopyEngine, Gpu, GpuOptions, PagedKV, Part, PartTable, Pinner  # noqa: E402
 from lmkv.transfer.gpu import count  # noqa: E402
 
 LAYOUT = lmkv.KVLayout.dense(layers=5, heads=2, head_size=16, dtype="bfloat16", chunk_tokens=32)
@@ -81,8 +81,7 @@ def copies() -> None:
     pool = HostPool(8192 + LAYOUT.chunk_bytes, 6, extent_bytes=3 * (8192 + LAYOUT.chunk_bytes))
     slots = pool.allocate(3)
     assert slots is not None
-    pinner = Pinner(pool, Gpu.of(0), threads=2)
-    assert pinner.wait(30)
+    pinner = Pinner(pool, Gpu.of(0), threads=2, at_start=True)
     assert Gpu.of(0).pinned(*pool.extents()[0])
     blocks = [7, 3, 19, 0, 4, 11]
     parts = [
@@ -103,9 +102,11 @@ def copies() -> None:
         for pair in layers:
             for part in pair:
                 part.bits[blocks] = 0
-        scattered = engine.scatter(parts, [blocks], layerwise=True)
-        for layer in range(5):
-            scattered.wait_layer(layer, 0)
+        spans = np.array([(part.first, part.last, part.start, part.stop) for part in parts])
+        table = PartTable(pool.addresses(np.array(slots)) + 4096, spans)
+        scattered = engine.scatter(table, [blocks], layerwise=True)
+        assert scattered.bytes == gathered.bytes
+        assert [scattered.wait_layer(layer, 0) for layer in range(5)] == [1, 2, 4, 4, 5]  # the last group that was waited for
         while not scattered.done():
             pass
         assert all((x.bits == y).all() for x, y in zip([p for pair in layers for p in pair], before, strict=True))
@@ -120,7 +121,7 @@ def copies() -> None:
 
 def refusals(engine: CopyEngine, parts: list[Part]) -> None:
     for call, message in (
-        (lambda: engine.gather(parts, [[0, 1]]), "expected blocks for tokens 32 to 64; got 2 of 16 tokens"),
+        (lambda: engine.gather(parts, [[0, 1]]), "expected blocks for tokens 0 to 96; got 2 of 16 tokens"),
         (lambda: engine.gather(parts, [[0, 1, 2, 3, 4, 20]]), "expected a block below 20"),
         (lambda: engine.gather(parts, []), "expected 1 block tables; got 0"),
         (lambda: Gpu(3), "expected a device from 0 to 0; got 3"),

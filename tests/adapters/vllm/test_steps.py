@@ -9,6 +9,8 @@ import pytest
 from engines import CHUNK, assert_same, text
 from vllm import SamplingParams
 
+from lmkv.adapters.vllm import scheduler
+from lmkv.adapters.vllm.copies import Copier
 from lmkv.adapters.vllm.hashing import _unread
 
 
@@ -101,6 +103,59 @@ def test_a_pass_of_few_tokens_is_quick(engine_of: Callable[..., Any], monkeypatc
     engine.ask([known])
     engine.ask([known + text(100, seed=6)])
     assert [orders.quick_pass for orders in loads(given)] == [True, False]
+
+
+def test_in_a_quick_pass_only_the_largest_load_comes_by_layers(
+    engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(connector={"lmkv.layerwise": True})
+    known = [text(6 * CHUNK, seed=13), text(2 * CHUNK, seed=14)]
+    wanted = engine.computed(known)
+    engine.ask(known)
+    original, made = Copier.load, []
+
+    def load(copier: Any, order: Any, **how: Any) -> Any:
+        made.append((order.tokens, how["layerwise"], order.request))
+        return original(copier, order, **how)
+
+    monkeypatch.setattr(Copier, "load", load)
+    for request, prompt in zip("ab", known, strict=True):
+        engine.llm.llm_engine.add_request(request, {"prompt_token_ids": prompt}, params(6))
+    answers = {}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        answers |= {output.request_id: output for output in engine.llm.llm_engine.step()}
+    assert [(tokens, layerwise) for tokens, layerwise, _ in made] == [(2 * CHUNK - 1, False), (6 * CHUNK - 1, True)]
+    assert [tuple(answers[request].outputs[0].token_ids) for request in "ab"] == [answer.tokens for answer in wanted]
+
+
+def test_a_large_load_does_not_keep_others_waiting(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    known = text(4 * CHUNK, seed=11)
+    wanted = engine.computed([known])
+    engine.ask([known])
+    given, vllm = recorded(engine, monkeypatch), engine.llm.llm_engine
+    monkeypatch.setattr(engine.half, "_on_gpu", True)  # what a load holds up there is the wire, here the same processors
+
+    def waits(*, beside: bool, most: int) -> list[bool]:
+        given.clear()
+        monkeypatch.setattr(scheduler, "_MOST_BEFORE_A_STEP", most)
+        if beside:
+            vllm.add_request("long", {"prompt_token_ids": text(40, seed=12)}, params(60))
+            for _ in range(6):
+                vllm.step()
+        vllm.add_request("known", {"prompt_token_ids": known}, params(2))
+        answered = []
+        while vllm.has_unfinished_requests():
+            answered += [output for output in vllm.step() if output.request_id == "known" and output.finished]
+        assert answered[0].num_cached_tokens == len(known) - 1
+        assert tuple(answered[0].outputs[0].token_ids) == wanted[0].tokens[:2]
+        return [order.waits for orders in given for order in orders.loads]
+
+    assert waits(beside=True, most=1000) == [False]
+    assert waits(beside=True, most=1 << 40) == [True]
+    assert waits(beside=False, most=1000) == [True]
+    monkeypatch.setattr(engine.half, "_on_gpu", False)
+    assert waits(beside=True, most=1000) == [True]
 
 
 def test_blocks_are_hashed_only_for_a_reader(engine_of: Callable[..., Any]) -> None:
