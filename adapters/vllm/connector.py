@@ -20,6 +20,7 @@ try:
 except ImportError:  # an older vLLM does not tell sources apart
     CacheHitSource = None
 
+from .failures import restart_after_failed_loads
 from .hashing import spare_block_hashes
 from .metrics import LMKVPromMetrics, LMKVStats
 from .plans import Orders, Report, ShardInfo
@@ -48,6 +49,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(settings, vllm_config)
             spare_block_hashes(LMKVConnector)
+            restart_after_failed_loads(LMKVConnector)
         else:
             self._worker = WorkerHalf(
                 vllm_config, kv_cache_config, layerwise=settings.layerwise, pin_at_start=settings.pin == "start"
@@ -94,6 +96,10 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         """See vLLM's base class."""
         report = connector_output.kv_connector_worker_meta
         self._control.learn(report if isinstance(report, Report) else None)
+
+    def _spoilt(self, invalid: set[int]) -> tuple[set[str], set[int]] | None:
+        """Requests to begin again, see :mod:`.failures`."""
+        return self._control.spoilt(invalid)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """See vLLM's base class."""

@@ -55,6 +55,7 @@ class RequestState:
         namespace: of its keys; ``None`` where reuse is not possible.
         wishes: what its sender asked for.
         blocks: its block ids by KV cache group, as they were given out; a window's may have been taken back since.
+        since: the step in which it was given them first, or anew.
         computed: tokens that vLLM's own cache held when it last asked.
         lease: holds what was found until it is loaded.
         between_steps: it is loaded while others run, not before the next step.
@@ -74,6 +75,7 @@ class RequestState:
     namespace: Namespace | None
     wishes: Wishes
     blocks: list[list[int]] = field(default_factory=list)
+    since: int = -1
     computed: int = 0
     lease: Lease | None = None
     between_steps: bool = False

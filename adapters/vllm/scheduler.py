@@ -16,6 +16,7 @@ from ...handles import Lease, Reservation
 from ...layout import KVLayout
 from ...store import Store
 from ..engine_config import on_gpus_node
+from .failures import spoilt_requests
 from .lookups import Lookups
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
@@ -300,7 +301,7 @@ class SchedulerHalf:
         for new in output.scheduled_new_reqs:
             state = self._requests.get(new.req_id)
             if state is not None:
-                state.blocks = [list(ids) for ids in new.block_ids]
+                state.blocks, state.since = [list(ids) for ids in new.block_ids], self._step
                 if not any(self._copies[number].order.load for number in state.copies):
                     state.computing = (state.request.num_prompt_tokens - new.num_computed_tokens, time.monotonic())
         cached = output.scheduled_cached_reqs
@@ -310,7 +311,7 @@ class SchedulerHalf:
                 continue
             self._note_speed(state)
             if name in cached.resumed_req_ids:
-                state.blocks = [list(ids) for ids in new_ids or ()]
+                state.blocks, state.since = [list(ids) for ids in new_ids or ()], self._step
                 state.computing = None
             elif new_ids is not None:
                 for mine, more in zip(state.blocks, new_ids, strict=True):
@@ -453,6 +454,14 @@ class SchedulerHalf:
         if storing:
             self._newly_held.add(state.id)
         return storing
+
+    def spoilt(self, invalid: set[int]) -> tuple[set[str], set[int]] | None:
+        """Requests to begin again as blocks could not be filled, with all their blocks; ``None`` where vLLM does what is right."""
+        windows = next(iter(self._shards.values())).windows
+        if len(windows) == 1 and not any(windows):
+            return None
+        caching = bool(self._vllm_config.cache_config.enable_prefix_caching)
+        return spoilt_requests(invalid, self._copies.values(), self._requests.values(), caching=caching)
 
     @property
     def holds_blocks(self) -> bool:

@@ -35,14 +35,25 @@ def failing(monkeypatch: pytest.MonkeyPatch, way: str, when: Callable[[int], boo
     return failed
 
 
-@pytest.mark.parametrize(("load", "caching"), [("sync", False), ("sync", True), ("async", False)])
+@pytest.mark.parametrize(
+    ("kind", "load", "caching"),
+    [
+        ("llama", "sync", False),
+        ("llama", "sync", True),
+        ("llama", "async", False),
+        ("window", "sync", True),
+        ("window", "async", False),
+        ("hybrid", "sync", True),
+        ("hybrid", "async", False),
+    ],
+)
 def test_failed_loads_are_computed(
-    load: str, caching: bool, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, load: str, caching: bool, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = text(150, seed=51)
     prompts = [shared + text(60, seed) for seed in (52, 53, 54)]
     longer = [prompt + text(70, seed=60) for prompt in prompts]
-    engine = engine_of(connector={"lmkv.load": load}, enable_prefix_caching=caching)
+    engine = engine_of(kind, connector={"lmkv.load": load}, enable_prefix_caching=caching, max_num_batched_tokens=256)
     wanted, wanted_longer = engine.computed(prompts), engine.computed(longer)
     assert_same(engine.ask(prompts), wanted)
     engine.settle()
@@ -61,10 +72,11 @@ def test_failed_loads_are_computed(
     engine.check_clean()
 
 
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
 def test_a_failed_load_ends_the_request_where_vllm_is_told_so(
-    engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_of(policy="fail")
+    engine = engine_of(kind, policy="fail")
     prompt = text(150, seed=61)
     right = engine.ask([prompt])
     with monkeypatch.context() as patch:

@@ -1,0 +1,109 @@
+"""Failed loads of models with sliding windows or several KV cache groups: their requests begin again.
+
+vLLM recomputes a request from the first block that was not filled, which is right where every token attends to all before it and
+there is one block table. A window's earlier blocks were never loaded, so that a request can't go on from its first unfilled one,
+and for several groups vLLM (0.32) raises an error. Here such requests give their blocks back, as preempted ones do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from .requests import CopyRecord, RequestState
+
+__all__ = ["restart_after_failed_loads", "spoilt_requests"]
+
+logger = init_logger("vllm.lmkv.failures")
+
+
+def restart_after_failed_loads(connector: type) -> None:
+    """Have this process's schedulers begin requests again whose KV a connector of that class could not load.
+
+    Connectors say by ``_spoilt(blocks)`` which these are; ``None`` leaves them to vLLM.
+    """
+    original = getattr(Scheduler, "_handle_invalid_blocks", None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def _handle_invalid_blocks(scheduler: Any, invalid: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
+        mine = isinstance(scheduler.connector, connector)
+        found = scheduler.connector._spoilt(invalid) if mine else None  # type: ignore[attr-defined]
+        if found is None:
+            return original(scheduler, invalid, num_scheduled_tokens)  # type: ignore[no-any-return]
+        return _restart(scheduler, *found)
+
+    Scheduler._handle_invalid_blocks = _handle_invalid_blocks  # type: ignore[method-assign]
+
+
+def spoilt_requests(
+    invalid: set[int], copies: Iterable[CopyRecord], requests: Iterable[RequestState], *, caching: bool
+) -> tuple[set[str], set[int]]:
+    """Ids of requests whose KV is not what it should be, and all blocks that were given to them.
+
+    Args:
+        invalid: blocks that could not be filled.
+        copies: that are under way, those that failed among them.
+        requests: all.
+        caching: whether vLLM gives blocks that one request fills to others, too.
+    """
+    failed = [
+        record for record in copies if record.order.load and any(block in invalid for ids in record.order.blocks for block in ids)
+    ]
+    spoilt = {record.state.id: record.state for record in failed}
+    steps = [record.state.since for record in failed if record.order.waits]
+    if caching and steps:  # who came in that step or later may have been given the same blocks
+        spoilt |= {state.id: state for state in requests if state.blocks and state.since >= min(steps)}
+    given = [ids for state in spoilt.values() for ids in state.blocks] + [ids for one in failed for ids in one.order.blocks]
+    return set(spoilt), {block for ids in given for block in ids if block > 0}
+
+
+def _restart(scheduler: Any, names: set[str], blocks: set[int]) -> set[str]:
+    """Begin requests again, or end them with an error if vLLM is to do so; returns those whose output is to be skipped.
+
+    Args:
+        scheduler: vLLM's.
+        names: the requests.
+        blocks: all that were given to them, whose KV is not what vLLM's prefix cache takes it for.
+    """
+    if scheduler.kv_cache_manager.enable_caching:
+        scheduler.kv_cache_manager.evict_blocks(blocks)
+    requests = [request for name in names if (request := scheduler.requests.get(name)) is not None]
+    waiting = [request for request in requests if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
+    running = [request for request in requests if request.status == RequestStatus.RUNNING]
+    if not scheduler.recompute_kv_load_failures:
+        logger.error("LMKV: a load failed; ending %d requests, since kv_load_failure_policy is fail", len(waiting + running))
+        return {request.request_id for request in waiting + running}
+    logger.warning("LMKV: a load failed; %d requests begin again", len(waiting + running))
+    for request in waiting:  # vLLM frees its blocks once all workers have ended the load
+        request.num_computed_tokens = 0
+        scheduler.failed_recving_kv_req_ids.add(request.request_id)
+    skipped = {_preempt(scheduler, request) for request in reversed(running)}
+    return skipped - {""}
+
+
+def _preempt(scheduler: Any, request: Any) -> str:
+    """Preempt a request, so that nothing computed for it so far is used; returns its name if its output is to be skipped."""
+    scheduler.running.remove(request)
+    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)  # it may be resumed in the very next step
+    now, name = time.monotonic(), str(request.request_id)
+    request.num_cached_tokens = -1  # counted anew
+    if "drop_stale_output" in inspect.signature(scheduler._preempt_request).parameters:
+        scheduler._preempt_request(request, now, drop_stale_output=True)
+        return name
+    scheduler._preempt_request(request, now)
+    if not scheduler.scheduler_config.async_scheduling or not hasattr(request, "async_tokens_to_discard"):
+        return name
+    # an older vLLM drops as many outputs as it is told, that of this step among them; drafts count as place-holders, too
+    steps = getattr(scheduler.vllm_config, "max_concurrent_batches", 2)
+    request.async_tokens_to_discard = min(request.num_output_placeholders, steps)
+    request.num_output_placeholders = 0
+    return ""
