@@ -18,7 +18,7 @@ from typing import Any
 
 from ...errors import LayoutMismatchError
 from ...layout import LayerGroup, dtype_name
-from .packing import packed_views, probe_packing
+from .packing import check_latents, packed_views, probe_packing
 
 __all__ = ["LayerKV", "ShardGeometry", "layer_kv", "shard_geometry"]
 
@@ -180,7 +180,7 @@ def layer_kv(name: str, group: int, tensor: Any, spec: Any, num_blocks: int, mod
     parts: tuple[Any, ...] = ()
     if latent:
         if tensor.device.type == "cpu" and module is not None:
-            raise LayoutMismatchError(f"layer {name}: latents (MLA) on a CPU are not served: how they are packed is not known")
+            check_latents(name, module, tensor)
         if tensor.ndim == 3:
             parts = (tensor.unsqueeze(1),)
         elif tensor.ndim == 4 and shape[1] == 1:

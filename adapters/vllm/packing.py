@@ -16,7 +16,7 @@ import torch
 
 from ...errors import LayoutMismatchError
 
-__all__ = ["Packing", "packed_views", "probe_packing"]
+__all__ = ["Packing", "check_latents", "packed_views", "probe_packing"]
 
 Table = npt.NDArray[np.int64]
 
@@ -100,6 +100,31 @@ def probe_packing(name: str, layer: Any, tensor: torch.Tensor, heads: int, size:
         except LayoutMismatchError as error:
             raise LayoutMismatchError(f"layer {name}: {error}") from None
     return found[0], found[1]
+
+
+def check_latents(name: str, layer: Any, tensor: torch.Tensor) -> None:
+    """See that a layer's kernel (MLA) writes latents as they stand: [blocks, tokens, rank + rotary size], token by token.
+
+    Args:
+        tensor: [blocks, ..., tokens, rank + rotary size].
+
+    Raises:
+        LayoutMismatchError: the kernel can't be called, or arranges them in another way.
+    """
+    impl = getattr(layer, "impl", None)
+    update, rank = getattr(impl, "do_kv_cache_update", None), getattr(impl, "kv_lora_rank", None)
+    if update is None or rank is None:
+        raise LayoutMismatchError(
+            f"layer {name}: expected a CPU kernel that can be asked to write latents; got {type(layer).__name__}"
+        )
+    tokens, size = int(tensor.shape[-2]), int(tensor.shape[-1])
+    given = torch.rand(tokens, size, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+    scratch = torch.zeros(2, tokens, size, dtype=tensor.dtype)
+    parts = given[:, :rank].contiguous(), given[:, None, rank:].contiguous()
+    with torch.inference_mode():
+        update(*parts, scratch, torch.arange(tokens) + tokens, getattr(impl, "kv_cache_dtype", "auto"), torch.ones(()))
+    if not torch.equal(scratch[1], given) or bool(scratch[0].any()):
+        raise LayoutMismatchError(f"layer {name}: expected latents as they were given; the kernel wrote something else")
 
 
 def _write(update: Any, layer: Any, tensor: torch.Tensor, numbers: torch.Tensor, bit: int, kind: int) -> npt.NDArray[np.bool_]:

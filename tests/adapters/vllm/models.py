@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 VOCABULARY = 512
 #: Shapes that all models share: small, with grouped-query attention.
@@ -31,8 +39,26 @@ _COMMON = {
 }
 
 
+#: Of DeepSeek's: the only sizes that all kernels take. Its rotary embedding is YaRN's; vLLM's CPU kernel for the plain one turns
+#: queries and keys that lie side by side into something else.
+_LATENT = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0},
+    },
+}
+
+
 def config_of(kind: str) -> PretrainedConfig:
-    """The configuration of ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers) or ``hybrid`` (in every other one)."""
+    """The configuration of a kind of model.
+
+    ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers), ``hybrid`` (in every other one), ``mla`` (latents; no experts).
+    """
     if kind == "llama":
         return LlamaConfig(**_COMMON)
     if kind == "qwen3":
@@ -42,7 +68,10 @@ def config_of(kind: str) -> PretrainedConfig:
     if kind == "hybrid":
         layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
         return Gemma3TextConfig(**{**_COMMON, "num_hidden_layers": 4}, sliding_window=64, layer_types=layers)
-    raise ValueError(f"expected llama, qwen3, window or hybrid; got {kind!r}")
+    if kind == "mla":
+        common = {name: value for name, value in _COMMON.items() if name != "head_dim"} | {"num_key_value_heads": 4}
+        return DeepseekV3Config(**common, **_LATENT, first_k_dense_replace=3, n_routed_experts=4, n_group=1, topk_group=1)
+    raise ValueError(f"expected llama, qwen3, window, hybrid or mla; got {kind!r}")
 
 
 def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:

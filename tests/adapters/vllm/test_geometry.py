@@ -196,3 +196,36 @@ def test_a_kernel_that_can_not_be_asked_is_refused() -> None:
     cache = torch.zeros(BLOCKS, HEADS, TOKENS, 2 * SIZE)
     with pytest.raises(LayoutMismatchError, match="can be asked"):
         shard_geometry({"layer.0": cache}, config_of((full(), ["layer.0"])), {})
+
+
+def latents_layer(write: Any) -> Any:
+    """A layer whose kernel writes latents, [tokens, 40], into a flat cache by ``write``."""
+
+    def update(kv: torch.Tensor, rope: torch.Tensor, cache: torch.Tensor, places: torch.Tensor, kind: str, scale: Any) -> None:
+        write(cache.view(-1, 40), places, torch.cat([kv, rope.squeeze(1)], 1))
+
+    return SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=update, kv_lora_rank=32))
+
+
+@pytest.mark.parametrize("shape", [(BLOCKS, TOKENS, 40), (BLOCKS, 1, TOKENS, 40)])
+def test_latents_of_a_cpu_kernel_are_served_as_it_writes_them(shape: tuple[int, ...]) -> None:
+    spec = MLAAttentionSpec(block_size=TOKENS, num_kv_heads=1, head_size=40, dtype=torch.float32)
+    config = config_of((spec, ["layer.0"]))
+
+    def plain(cache: torch.Tensor, places: torch.Tensor, latents: torch.Tensor) -> None:
+        cache[places] = latents
+
+    def turned(cache: torch.Tensor, places: torch.Tensor, latents: torch.Tensor) -> None:
+        cache[places] = latents.flip(1)
+
+    def spread(cache: torch.Tensor, places: torch.Tensor, latents: torch.Tensor) -> None:
+        cache[places] = latents
+        cache[0] = 1
+
+    geometry = shard_geometry({"layer.0": torch.randn(shape)}, config, {"layer.0": latents_layer(plain)})
+    there_and_back(geometry, [[3, 7, 1]], [[9, 2, 11]])
+    for write in (turned, spread):
+        with pytest.raises(LayoutMismatchError, match="something else"):
+            shard_geometry({"layer.0": torch.randn(shape)}, config, {"layer.0": latents_layer(write)})
+    with pytest.raises(LayoutMismatchError, match="can be asked"):
+        shard_geometry({"layer.0": torch.randn(shape)}, config, {"layer.0": SimpleNamespace()})

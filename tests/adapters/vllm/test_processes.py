@@ -44,6 +44,23 @@ if __name__ == "__main__":
     print("all well", flush=True)
 """
 
+LATENT = """
+from engines import Engine, assert_same, text
+if __name__ == "__main__":
+    prompts = [text(length, seed=length) for length in (40, 150, 333)]
+    engine = Engine(MODEL, tensor_parallel_size=2)
+    wanted = engine.one_by_one(prompts)
+    found = engine.one_by_one(prompts)
+    assert_same(found, wanted)
+    assert [answer.cached for answer in found] == [39, 149, 332], found
+    store = engine.store
+    assert len(engine.half._shards) == 2
+    assert store.layout.token_bytes == 3 * 576 * 4, "each rank holds all latents: one copy is kept"
+    assert store.stats().stored_tokens == 40 + 150 + 333
+    assert len(engine.half._pool.stores) == 1
+    print("all well", flush=True)
+"""
+
 
 def run(code: str, model: Path, tmp_path: Path, **environment: str) -> str:
     """Run a script beside the tests' modules; what it leaves behind is ended."""
@@ -75,4 +92,10 @@ def test_drafts_that_are_rejected(models: Callable[[str], Path], tmp_path: Path)
 def test_two_tensor_parallel_workers_map_one_pool(models: Callable[[str], Path], tmp_path: Path) -> None:
     ending = "    import os\n    os._exit(0)\n"  # vLLM's own ending of its workers takes its time
     said = run(TENSOR_PARALLEL + ending, models("llama"), tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert "all well" in said, said[-3000:]
+
+
+def test_latents_of_two_workers_are_kept_once(models: Callable[[str], Path], tmp_path: Path) -> None:
+    ending = "    import os\n    os._exit(0)\n"
+    said = run(LATENT + ending, models("mla"), tmp_path)
     assert "all well" in said, said[-3000:]

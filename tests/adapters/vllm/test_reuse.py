@@ -23,6 +23,7 @@ LENGTHS = (2, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK, CHUNK + 1, 96, 97, 250, 500)
         ("window", {}),
         ("window", {"enable_prefix_caching": True, "max_num_batched_tokens": 96}),
         ("hybrid", {"enable_prefix_caching": True, "max_num_batched_tokens": 96}),
+        ("mla", {}),  # vLLM turns prefix caching and chunked prefill off for it on a CPU without AMX
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
 )
