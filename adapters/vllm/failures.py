@@ -1,8 +1,8 @@
 """Failed loads of models with sliding windows or several KV cache groups: their requests begin again.
 
-vLLM recomputes a request from the first block that was not filled, which is right where every token attends to all before it and
-there is one block table. A window's earlier blocks were never loaded, so that a request can't go on from its first unfilled one,
-and for several groups vLLM (0.32) raises an error. Here such requests give their blocks back, as preempted ones do.
+vLLM recomputes a request from the first block that was not filled, which is right where every token attends to all before it
+and there is one block table. A window's earlier blocks were never loaded, so that a request can't go on from its first unfilled
+one, and for several groups vLLM raises an error. Here such requests give their blocks back, as preempted ones do.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def spoilt_requests(
         caching: whether vLLM gives blocks that one request fills to others, too.
     """
     failed = [
-        record for record in copies if record.order.load and any(block in invalid for ids in record.order.blocks for block in ids)
+        record
+        for record in copies
+        if record.order.load and any(block in invalid for ids in record.order.blocks for block in ids)
     ]
     spoilt = {record.state.id: record.state for record in failed}
     steps = [record.state.since for record in failed if record.order.waits]
