@@ -182,6 +182,7 @@ class Case:
         odd_loaded = self.ask(self.odd, together=True)
         found["odd_cold_and_loaded"] = self.apart(odd_cold, odd_loaded)
         found["odd_cached"] = [cached for *_, cached in odd_loaded]
+        found["failed_loads"] = self.failed_loads(odd_cold)
         found["corruption_seen"] = self.corruption()
         found["churn"], found["churn_cached"] = self.churn()
         limit = max(self.tolerance, 2 * found["cold_and_local"])
@@ -191,10 +192,33 @@ class Case:
             found["local_and_loaded_equal"]
             and found["cold_and_loaded"] <= limit
             and found["odd_cold_and_loaded"] <= limit
+            and found["failed_loads"] <= limit
             and found["corruption_seen"] in ("all", "not tried")
             and found["churn"] <= limit
         )
         return found
+
+    def failed_loads(self, computed: list[Any]) -> float:
+        """How far answers are from computed ones if the first two of their loads fail; infinite if none was begun."""
+        from lmkv.adapters.vllm.copies import Copier, Running
+
+        if getattr(self.llm.llm_engine.engine_core, "engine_core", None) is None:
+            return 0.0  # workers are out of reach
+        real, begun = Copier.load, []
+
+        def load(copier: Copier, order: Any, **more: Any) -> Running:
+            begun.append(order)
+            return Running(order, error="injected") if len(begun) <= 2 else real(copier, order, **more)
+
+        self.forget_local()
+        Copier.load = load  # type: ignore[method-assign]
+        try:
+            found = self.ask(self.odd, together=True)
+        finally:
+            Copier.load = real  # type: ignore[method-assign]
+        self.forget_local()
+        again = self.ask(self.odd, together=True)  # nothing that was computed on unfilled blocks was kept
+        return max(self.apart(computed, found), self.apart(computed, again)) if begun else float("inf")
 
     def churn(self) -> tuple[float, float]:
         """How far answers are from computed ones while blocks change hands all the time; share of tokens that was loaded."""
@@ -233,7 +257,9 @@ class Case:
             data = np.frombuffer(store._ram.payload(slot.id, slot.tokens), np.uint8)
             rows = data[: group.token_bytes * slot.tokens].reshape(group.layers, group.kv, group.heads, slot.tokens, -1)
             kept = rows[:, :, :, position - slot.start].copy()
-            rows[:, :, :, position - slot.start] = kept[:, :, ::-1]  # heads swapped: numbers of the right size, in wrong places
+            # numbers of the right size in wrong places: heads swapped, or the halves of the only one
+            wrong_places = kept[:, :, ::-1] if group.heads > 1 else np.roll(kept, kept.shape[-1] // 2, axis=-1)
+            rows[:, :, :, position - slot.start] = wrong_places
             self.forget_local()
             wrong = self.ask([prompt])
             rows[:, :, :, position - slot.start] = kept
