@@ -16,9 +16,11 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma3TextConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
 )
 
@@ -39,8 +41,8 @@ _COMMON = {
 }
 
 
-#: Of DeepSeek's: the only sizes that all kernels take. Its rotary embedding is YaRN's; vLLM's CPU kernel for the plain one turns
-#: queries and keys that lie side by side into something else.
+#: Of DeepSeek's: the only sizes that all kernels take. Its rotary embedding is YaRN's: vLLM's CPU kernel for the plain one goes
+#: wrong where queries and keys are parts of longer rows.
 _LATENT = {
     "kv_lora_rank": 512,
     "q_lora_rank": None,
@@ -48,8 +50,14 @@ _LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "rope_parameters": {
-        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024},
-        **{"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
     },
 }
 
@@ -57,7 +65,8 @@ _LATENT = {
 def config_of(kind: str) -> PretrainedConfig:
     """The configuration of a kind of model.
 
-    ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers), ``hybrid`` (in every other one), ``mla`` (latents; no experts).
+    ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers), ``hybrid`` (in every other one), ``mla`` (latents; no
+    experts), ``mamba`` (state layers between attention's).
     """
     if kind == "llama":
         return LlamaConfig(**_COMMON)
@@ -71,7 +80,19 @@ def config_of(kind: str) -> PretrainedConfig:
     if kind == "mla":
         common = {name: value for name, value in _COMMON.items() if name != "head_dim"} | {"num_key_value_heads": 4}
         return DeepseekV3Config(**common, **_LATENT, first_k_dense_replace=3, n_routed_experts=4, n_group=1, topk_group=1)
-    raise ValueError(f"expected llama, qwen3, window, hybrid or mla; got {kind!r}")
+    if kind == "mamba":
+        common = {name: value for name, value in _COMMON.items() if name not in ("head_dim", "num_hidden_layers")}
+        return GraniteMoeHybridConfig(
+            **{**common, "pad_token_id": 0, "num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2},
+            num_local_experts=0,
+            shared_intermediate_size=256,
+            mamba_n_heads=8,
+            mamba_d_head=32,
+            mamba_expand=2,
+            mamba_d_state=16,
+            mamba_n_groups=1,
+        )
+    raise ValueError(f"expected llama, qwen3, window, hybrid, mla or mamba; got {kind!r}")
 
 
 def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
@@ -93,12 +114,16 @@ def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
 
 
 def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a model of that kind; returns its folder."""
+    """Write a model of that kind, or of ``images``; returns its folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
+    target = folder / kind
+    if kind == "images":
+        model = _with_images(target)
+    else:
+        model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or weight.ndim < 2 or "vision" in name or "mamba" in name:
                 continue
             if any(part in name for part in ("q_proj", "k_proj")):
                 weight.normal_(0, 1.2 / weight.shape[1] ** 0.5)
@@ -106,6 +131,42 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
                 weight.normal_(0, 2.0 / weight.shape[1] ** 0.5)
             else:
                 weight.normal_(0, 1.0 / weight.shape[1] ** 0.5)
-    target = folder / kind
     model.save_pretrained(target)
     return target
+
+
+#: Token that stands for an image in a prompt of ``images``.
+IMAGE = 501
+
+
+def _with_images(target: Path) -> PreTrainedModel:
+    """A Llama that sees images of up to 112 by 112 as 16 tokens and three around them; writes its tokenizer and processor.
+
+    Of the architectures whose code vLLM can load without torchvision, and with processors that need nothing but files.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    words = [*(f"w{i}" for i in range(IMAGE - 1)), *special, "<unk>"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", pad_token="<unk>", additional_special_tokens=special
+    )
+    largest = {"longest_edge": 112}
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, size=largest, max_image_size=largest)
+    Idefics3Processor(images, tokenizer, image_seq_len=16).save_pretrained(target)
+    seen = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 112}
+    pad = words.index("<unk>")
+    return Idefics3ForConditionalGeneration(
+        Idefics3Config(
+            vision_config={**seen, "patch_size": 14},
+            text_config=LlamaConfig(**_COMMON, pad_token_id=pad).to_dict(),
+            image_token_id=IMAGE,
+            scale_factor=2,
+            tie_word_embeddings=False,
+            pad_token_id=pad,
+        )
+    ).float()
