@@ -61,6 +61,34 @@ if __name__ == "__main__":
     print("all well", flush=True)
 """
 
+PIPELINE = """
+from engines import Engine, assert_same, text
+if __name__ == "__main__":
+    prompts = [text(length, seed=length) for length in (40, 150, 333)]
+    engine = Engine(MODEL, pipeline_parallel_size=2, max_num_batched_tokens=128, worker_extension_cls="stages.Extension")
+    wanted = engine.one_by_one(prompts)
+    found = engine.one_by_one(prompts)
+    assert_same(found, wanted)
+    assert_same(engine.ask(prompts), wanted)
+    assert [answer.cached for answer in found] == [39, 149, 332], found
+    assert sorted(engine.half._shards) == [(0, 0), (1, 0)]
+    assert engine.store.layout.token_bytes == 4 * 2 * 2 * 32 * 4, "all stages' layers in one chunk"
+    print("all well", flush=True)
+"""
+
+#: A later stage's buffers are made as vLLM warms up, which it leaves out for an eager engine with a given KV space on a CPU.
+STAGES = """
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+CPUWorker._should_warm_up_model = lambda worker: True
+CPUModelRunner.warming_up_model = lambda runner: runner.profile_run()
+
+
+class Extension:
+    pass
+"""
+
 
 def run(code: str, model: Path, tmp_path: Path, **environment: str) -> str:
     """Run a script beside the tests' modules; what it leaves behind is ended."""
@@ -98,4 +126,11 @@ def test_two_tensor_parallel_workers_map_one_pool(models: Callable[[str], Path],
 def test_latents_of_two_workers_are_kept_once(models: Callable[[str], Path], tmp_path: Path) -> None:
     ending = "    import os\n    os._exit(0)\n"
     said = run(LATENT + ending, models("mla"), tmp_path)
+    assert "all well" in said, said[-3000:]
+
+
+def test_two_stages_fill_parts_of_one_chunk(models: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "stages.py").write_text(STAGES)
+    ending = "    import os\n    os._exit(0)\n"
+    said = run(PIPELINE + ending, models("hybrid"), tmp_path)
     assert "all well" in said, said[-3000:]
