@@ -63,7 +63,8 @@ def spoilt_requests(
     spoilt = {record.state.id: record.state for record in failed}
     steps = [record.state.since for record in failed if record.order.waits]
     if caching and steps:  # who came in that step or later may have been given the same blocks
-        spoilt |= {state.id: state for state in requests if state.blocks and state.since >= min(steps)}
+        later = [state for state in requests if state.blocks and state.since >= min(steps)]
+        spoilt |= {one.id: one for one in later if not getattr(one.request, "skip_reading_prefix_cache", False)}
     given = [ids for state in spoilt.values() for ids in state.blocks] + [ids for one in failed for ids in one.order.blocks]
     return set(spoilt), {block for ids in given for block in ids if block > 0}
 
@@ -97,7 +98,6 @@ def _preempt(scheduler: Any, request: Any) -> str:
     scheduler.running.remove(request)
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)  # it may be resumed in the very next step
     now, name = time.monotonic(), str(request.request_id)
-    request.num_cached_tokens = -1  # counted anew
     if "drop_stale_output" in inspect.signature(scheduler._preempt_request).parameters:
         scheduler._preempt_request(request, now, drop_stale_output=True)
         return name
