@@ -162,8 +162,19 @@ def _check_spec(name: str, spec: Any) -> None:
         raise LayoutMismatchError(f"layer {name}: expected a KV cache of plain or fp8 numbers; got {mode}, which is not served")
     if getattr(spec, "non_causal", False):
         raise LayoutMismatchError(f"layer {name}: expected causal attention; got a layer that sees what comes after")
-    if getattr(spec, "compress_ratio", 1) != 1:
-        raise LayoutMismatchError(f"layer {name}: expected an entry for each token; got one for {spec.compress_ratio} tokens")
+    ratio = getattr(spec, "tokens_per_state", getattr(spec, "compress_ratio", 1))
+    if ratio != 1:
+        raise LayoutMismatchError(f"layer {name}: expected an entry for each token; got one for {ratio} tokens")
+
+
+def _check_bytes(name: str, tensor: Any, spec: Any) -> None:
+    """Latents of bytes are served where a token's lie together; an indexer (DeepSeek V3.2) has scales behind a whole block."""
+    kind, version = getattr(spec, "cache_dtype_str", None), getattr(spec, "model_version", None)
+    if version is not None or (tensor.element_size() == 1 and not str(kind).startswith("fp8")):
+        raise LayoutMismatchError(
+            f"layer {name}: expected latents of numbers or of fp8; got {tensor.dtype} of kind {kind}, version {version}, "
+            "whose order within a block is not known"
+        )
 
 
 def layer_kv(name: str, group: int, tensor: Any, spec: Any, num_blocks: int, module: Any = None) -> LayerKV:
@@ -179,6 +190,7 @@ def layer_kv(name: str, group: int, tensor: Any, spec: Any, num_blocks: int, mod
     value_size = size if latent else int(getattr(spec, "head_size_v", None) or size)
     parts: tuple[Any, ...] = ()
     if latent:
+        _check_bytes(name, tensor, spec)
         if tensor.device.type == "cpu" and module is not None:
             check_latents(name, module, tensor)
         if tensor.ndim == 3:

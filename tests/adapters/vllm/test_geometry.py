@@ -102,6 +102,25 @@ def test_latents(shape: tuple[int, ...]) -> None:
     there_and_back(geometry, [[3, 7, 1]], [[9, 2, 11]])
 
 
+def latent_spec(size: int, **more: Any) -> MLAAttentionSpec:
+    return MLAAttentionSpec(block_size=TOKENS, num_kv_heads=1, head_size=size, **{"dtype": torch.uint8, **more})
+
+
+def test_latents_of_bytes_are_served_where_a_tokens_lie_together() -> None:
+    for size, kind in ((40, "fp8"), (656, "fp8_ds_mla")):
+        tensors = {"layer.0": torch.randint(0, 255, (BLOCKS, TOKENS, size), dtype=torch.uint8)}
+        config = config_of((latent_spec(size, cache_dtype_str=kind), ["layer.0"]))
+        there_and_back(shard_geometry(tensors, config, {}), [[3, 7, 1]], [[9, 2, 11]])
+    tensors = {"layer.0": torch.zeros(BLOCKS, TOKENS, 132, dtype=torch.uint8)}  # an indexer's: numbers, then a block's scales
+    for spec in (latent_spec(132), latent_spec(132, cache_dtype_str="fp8_ds_mla", model_version="deepseek_v4")):
+        with pytest.raises(LayoutMismatchError, match="order within a block"):
+            shard_geometry(tensors, config_of((spec, ["layer.0"])), {})
+    ratio = "tokens_per_state" if hasattr(latent_spec(40), "tokens_per_state") else "compress_ratio"
+    spec = latent_spec(40, dtype=torch.float32, **{ratio: 4})
+    with pytest.raises(LayoutMismatchError, match="one for 4 tokens"):
+        shard_geometry({"layer.0": torch.zeros(BLOCKS, TOKENS // 4, 40)}, config_of((spec, ["layer.0"])), {})
+
+
 def test_groups_with_block_tables_of_their_own() -> None:
     window = SlidingWindowSpec(block_size=TOKENS, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32, sliding_window=32)
     tensors = {f"layer.{i}": random_tensor(BLOCKS, 2, TOKENS, HEADS, SIZE) for i in range(4)}
