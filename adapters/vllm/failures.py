@@ -35,11 +35,14 @@ def restart_after_failed_loads(connector: type) -> None:
 
     @functools.wraps(original)
     def _handle_invalid_blocks(scheduler: Any, invalid: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
-        mine = isinstance(scheduler.connector, connector)
-        found = scheduler.connector._spoilt(invalid) if mine else None  # type: ignore[attr-defined]
-        if found is None:
+        used = scheduler.connector
+        mine = next((one for one in getattr(used, "_connectors", (used,)) if isinstance(one, connector)), None)
+        found = mine._spoilt(invalid) if mine is not None else None  # type: ignore[attr-defined]
+        if not found or not found[0]:
             return original(scheduler, invalid, num_scheduled_tokens)  # type: ignore[no-any-return]
-        return _restart(scheduler, *found)
+        names, blocks = found
+        rest = invalid - blocks  # another connector's
+        return _restart(scheduler, names) | (original(scheduler, rest, num_scheduled_tokens) if rest else set())
 
     Scheduler._handle_invalid_blocks = _handle_invalid_blocks  # type: ignore[method-assign]
 
@@ -47,7 +50,7 @@ def restart_after_failed_loads(connector: type) -> None:
 def spoilt_requests(
     invalid: set[int], copies: Iterable[CopyRecord], requests: Iterable[RequestState], *, caching: bool
 ) -> tuple[set[str], set[int]]:
-    """Ids of requests whose KV is not what it should be, and all blocks that were given to them.
+    """Ids of requests whose KV is not what it should be, and the blocks that their loads were to fill.
 
     Args:
         invalid: blocks that could not be filled.
@@ -55,33 +58,29 @@ def spoilt_requests(
         requests: all.
         caching: whether vLLM gives blocks that one request fills to others, too.
     """
-    failed = [
-        record
-        for record in copies
-        if record.order.load and any(block in invalid for ids in record.order.blocks for block in ids)
-    ]
-    spoilt = {record.state.id: record.state for record in failed}
+    failed: list[CopyRecord] = []
+    blocks: set[int] = set()
+    for record in copies:
+        filled = {block for ids in record.order.blocks for block in ids if block > 0}
+        if record.order.load and filled & invalid:
+            failed.append(record)
+            blocks |= filled
+    spoilt = {record.state.id for record in failed}
     steps = [record.state.since for record in failed if record.order.waits]
     if caching and steps:  # who came in that step or later may have been given the same blocks
         later = [state for state in requests if state.blocks and state.since >= min(steps)]
-        spoilt |= {one.id: one for one in later if not getattr(one.request, "skip_reading_prefix_cache", False)}
-    given = [ids for state in spoilt.values() for ids in state.blocks] + [ids for one in failed for ids in one.order.blocks]
-    return set(spoilt), {block for ids in given for block in ids if block > 0}
+        spoilt |= {one.id for one in later if not getattr(one.request, "skip_reading_prefix_cache", False)}
+    return spoilt, blocks
 
 
-def _restart(scheduler: Any, names: set[str], blocks: set[int]) -> set[str]:
-    """Begin requests again, or end them with an error if vLLM is to do so; returns those whose output is to be skipped.
-
-    Args:
-        scheduler: vLLM's.
-        names: the requests.
-        blocks: all that were given to them, whose KV is not what vLLM's prefix cache takes it for.
-    """
-    if scheduler.kv_cache_manager.enable_caching:
-        scheduler.kv_cache_manager.evict_blocks(blocks)
+def _restart(scheduler: Any, names: set[str]) -> set[str]:
+    """Begin requests again, or end them with an error if vLLM is to do so; returns those whose output is to be skipped."""
+    manager = scheduler.kv_cache_manager
+    if manager.enable_caching:  # a window may have passed spoilt blocks, a preemption given them back: nobody knows which
+        manager.evict_blocks(set(range(1, len(manager.block_pool.blocks))))
     requests = [request for name in names if (request := scheduler.requests.get(name)) is not None]
     waiting = [request for request in requests if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
-    running = [request for request in requests if request.status == RequestStatus.RUNNING]
+    running = [request for request in scheduler.running if request.request_id in names]
     if not scheduler.recompute_kv_load_failures:
         logger.error("LMKV: a load failed; ending %d requests, since kv_load_failure_policy is fail", len(waiting + running))
         return {request.request_id for request in waiting + running}
@@ -89,8 +88,8 @@ def _restart(scheduler: Any, names: set[str], blocks: set[int]) -> set[str]:
     for request in waiting:  # vLLM frees its blocks once all workers have ended the load
         request.num_computed_tokens = 0
         scheduler.failed_recving_kv_req_ids.add(request.request_id)
-    skipped = {_preempt(scheduler, request) for request in reversed(running)}
-    return skipped - {""}
+    skipped = [_preempt(scheduler, request) for request in reversed(running)]  # the first one is put in front last
+    return {name for name in skipped if name}
 
 
 def _preempt(scheduler: Any, request: Any) -> str:

@@ -456,7 +456,7 @@ class SchedulerHalf:
         return storing
 
     def spoilt(self, invalid: set[int]) -> tuple[set[str], set[int]] | None:
-        """Requests to begin again as blocks could not be filled, with all their blocks; ``None``: vLLM does what is right."""
+        """Requests to begin again, and the blocks that could not be filled for them; ``None``: vLLM does what is right."""
         windows = next(iter(self._shards.values())).windows
         if len(windows) == 1 and not any(windows):
             return None
