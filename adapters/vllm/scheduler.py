@@ -21,7 +21,7 @@ from .lookups import Lookups
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
 from .requests import CopyRecord, Filling, RequestState
-from .settings import Settings, with_model
+from .settings import Settings, unserved, with_model
 from .stats import Counts, Published
 from .storing import store_orders
 from .texts import AdapterVersions, must_compute, namespace_of, refusal, wishes_of
@@ -87,7 +87,7 @@ class SchedulerHalf:
             shards: by ``(pp_rank, tp_rank)``.
         """
         self._shards = shards
-        why = next((shard.refusal for shard in shards.values() if shard.refusal), "") or self._unserved(shards)
+        why = next((shard.refusal for shard in shards.values() if shard.refusal), "") or unserved(self._vllm_config, shards)
         if why:
             self.refusal = why
             logger.warning("LMKV: reuse is off, everything is computed: %s", why)
@@ -136,21 +136,6 @@ class SchedulerHalf:
             self.published.event(event)
         if event.kind in ("tier_disabled", "tier_enabled", "unpinned", "corrupt", "reservation_lost", "lease_expired"):
             logger.warning("LMKV: %s %s: %s", event.tier, event.kind, dict(event.detail))
-
-    def _unserved(self, shards: dict[tuple[int, int], ShardInfo]) -> str:
-        parallel = self._vllm_config.parallel_config
-        for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-            if getattr(parallel, name, 1) > 1:
-                return f"{name} spreads one text's tokens over ranks, which is not served"
-        if getattr(self._vllm_config.cache_config, "calculate_kv_scales", False):
-            return (
-                "calculate_kv_scales makes fp8 scales of the first texts read, so that KV means something else in each process"
-            )
-        first = next(iter(shards.values()))
-        for shard in shards.values():
-            if (shard.windows, shard.block_tokens) != (first.windows, first.block_tokens):
-                return "the workers' KV cache groups differ"
-        return ""
 
     # -- looking up ----------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from typing import Any
 from ...config import StoreConfig
 from ...errors import ConfigError
 from ..engine_config import flag, folder_fingerprint, hub_commit, load_beside_engine, plain, whole_number
+from .plans import ShardInfo
 
-__all__ = ["Settings", "read_settings"]
+__all__ = ["Settings", "read_settings", "unserved"]
 
 _WHERE = "kv_connector_extra_config"
 
@@ -123,3 +124,18 @@ def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[
         ram_shared=config.ram_shared or shared,
     )
     return changed, "vllm:" + ";".join(f"{name}={value}" for name, value in named.items() if value not in ("", "None"))
+
+
+def unserved(vllm_config: Any, shards: Mapping[tuple[int, int], ShardInfo]) -> str:
+    """Why reuse is not possible under these settings of vLLM's and with what its workers have; empty if it is."""
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} spreads one text's tokens over ranks, which is not served"
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        return "calculate_kv_scales makes fp8 scales of the first texts read, so that KV means something else in each process"
+    first = next(iter(shards.values()))
+    for shard in shards.values():
+        if (shard.windows, shard.block_tokens) != (first.windows, first.block_tokens):
+            return "the workers' KV cache groups differ"
+    return ""
