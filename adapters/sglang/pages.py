@@ -189,13 +189,20 @@ class PageStore:
         self._namespace = self.store.namespace.replace(extra=extra)
         self._pinner: Pinner | None = None
         if self._engine.device is not None and config.ram_pin:
-            self._pinner = Pinner(self.store._ram.pool, Gpu.of(self._engine.device), emit=Emitter(on_event))
+            slots = self.store._ram.pool
+            slots.grow_ahead(config.ram_capacity)  # mapped now, so that all is pinned ahead of use; memory comes with that
+            self._pinner = Pinner(slots, Gpu.of(self._engine.device), emit=Emitter(on_event))
         _open_stores.add(self)
+
+    @property
+    def device(self) -> int | None:
+        """The CUDA device that the slots are on; ``None`` in host memory."""
+        return self._engine.device
 
     @property
     def on_gpu(self) -> bool:
         """Whether copies run beside the caller, on a device."""
-        return self._engine.device is not None
+        return self.device is not None
 
     # -- naming --------------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any
 from ...errors import LMKVError
 from . import telling
 from .identity import Rank, identified
+from .keeping import Order
 from .pages import PageStore
 from .pools import device_pool
 from .refusals import refusal
@@ -122,7 +123,8 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
     if not sees_weights:
         telling.logger.warning("LMKV: updates of weights can't be seen in this SGLang: a flush forgets what is kept")
     queued = bool(pages.store.config.slow_tiers("")) and _queue_asks()
-    reuse = TokenReuse(pages, agree, told, queued=queued)
+    order = Order(pages.device, getattr(getattr(context.tp_worker, "model_runner", None), "forward_stream", None))
+    reuse = TokenReuse(pages, agree, told, queued=queued, order=order)
     least = settings.min_load_tokens
     tree = LMKVRadixCache(params, reuse, min_load_tokens=least, forgets_on_flush=not sees_weights)
     layout, ranks = pages.store.layout, "one rank" if rank.tp_size == 1 else f"one of {rank.tp_size} ranks"

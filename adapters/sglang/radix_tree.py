@@ -2,12 +2,14 @@
 
 A request's hit is what the tree has on the device plus what LMKV has beyond that, up to a token (a page, where pages are
 larger). The scheduler learns both numbers when it matches a request, and has the second part loaded when it admits it. A
-finished request's KV is stored before the tree takes its pages over. All copies are done when the call returns: no page
-has to be kept for one.
+finished request's KV is stored once the tree has taken its pages over, beside what SGLang goes on to do: pages that are
+still being copied are waited for before the tree gives them away. No lock of the tree's is taken for that, since the ranks of a
+model have to evict alike, and their copies do not end at the same time.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -36,10 +38,13 @@ class LMKVRadixCache(RadixCache):
         self.lmkv = reuse
         self._forgets = forgets_on_flush
         self._least = max(1, min_load_tokens)
+        #: What is being kept, by the node that ends with its last token.
+        self._kept: dict[Any, list[Future[int]]] = {}
         super().__init__(params)
 
     def reset(self) -> None:
         """Empty the tree (``flush_cache``). LMKV keeps what it has."""
+        self._settle()
         super().reset()
         self.lmkv.forget_all()
         if self._forgets:
@@ -94,14 +99,37 @@ class LMKVRadixCache(RadixCache):
         return match.device_indices[held:], match.last_device_node
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
-        """Store the request's KV, then have the tree take its pages over."""
-        if is_insert and not self.disable:
-            # generated tokens' KV differs in the last bits from a prompt's; deterministic serving does not reuse it
-            length = min(kv_len_to_handle, len(req.origin_input_ids)) if self.disable_finished_insert else kv_len_to_handle
-            slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, :length]
-            self.lmkv.keep(req, _text(req)[:length], slots)
+        """Have the tree take the request's pages over, and begin to store what is in them."""
+        tokens = _text(req)[:kv_len_to_handle]
+        keeps = is_insert and not self.disable
+        if keeps and self.disable_finished_insert:
+            # generated tokens' KV differs in the last bits from a prompt's; deterministic serving does not reuse it. The tree
+            # takes no page, so the copy has to be done before they are given back
+            tokens = tokens[: len(req.origin_input_ids)]
+            kept = self.lmkv.keep(req, tokens, self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(tokens)])
+            if kept is not None:
+                kept.result()
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        if keeps and not self.disable_finished_insert:
+            held = super().match_prefix(MatchPrefixParams(key=RadixKey(tokens, req.extra_key)))
+            kept = self.lmkv.keep(req, tokens[: len(held.device_indices)], held.device_indices)
+            if kept is not None:
+                self._kept = {node: left for node, all_ in self._kept.items() if (left := [f for f in all_ if not f.done()])}
+                self._kept.setdefault(held.last_device_node, []).append(kept)
         self.lmkv.forget(req.rid)
+
+    def _delete_leaf(self, node: Any) -> None:
+        """A leaf's pages are given away: wait for what is being kept of them. What ends in a node has its pages up to there."""
+        for kept in self._kept.pop(node, ()):
+            kept.result()
+        super()._delete_leaf(node)
+
+    def _settle(self) -> None:
+        """Wait for all that is being kept."""
+        kept, self._kept = self._kept, {}
+        for all_ in kept.values():
+            for each in all_:
+                each.result()
 
     # -- what SGLang asks of a tree with a storage behind it, while a request waits in its queue -----------------------------
 
@@ -133,7 +161,7 @@ class LMKVRadixCache(RadixCache):
 
     def release_host_resources(self) -> None:
         """The engine shuts down: write what waits for the slow tiers."""
-        self.lmkv.pages.close()
+        self.lmkv.close()
         super().release_host_resources()
 
 

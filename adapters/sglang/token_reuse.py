@@ -12,6 +12,7 @@ from typing import Any
 from ...chunks import Namespace
 from ...errors import LMKVError
 from ...handles import Match
+from .keeping import Keeper, Order
 from .pages import PageStore, Text
 from .telling import Telling
 
@@ -55,7 +56,7 @@ def unserved(request: Any) -> str:
 
 
 class TokenReuse:
-    """One rank's store, asked by a prefix tree. Called on the scheduler's thread, which is where its copies are made.
+    """One rank's store, asked by a prefix tree. Called on the scheduler's thread; loads are done when they return, stores are not.
 
     The ranks of a model ask the same in the same order, and every answer is agreed upon. So nothing that one rank alone
     knows (its tiers, the time) may decide whether they come to agree, only what they agree upon.
@@ -66,16 +67,26 @@ class TokenReuse:
         told: counts, and tells of trouble.
         queued: SGLang asks :meth:`ready` before a request's turn, so that slow tiers keep nobody else waiting.
         wait_seconds: if not, how long a lookup waits for remote tiers, once a request.
+        order: of copies on the device.
     """
 
     def __init__(
-        self, pages: PageStore, agree: Agree, told: Telling, *, queued: bool = False, wait_seconds: float = 0.2
+        self,
+        pages: PageStore,
+        agree: Agree,
+        told: Telling,
+        *,
+        queued: bool = False,
+        wait_seconds: float = 0.2,
+        order: Order | None = None,
     ) -> None:
         self.pages = pages
         self._agree = agree
         self._told = told
         self.queued = queued
         self._wait = wait_seconds
+        self._order = order or Order()
+        self._keeper = Keeper(pages, self._order, told)
         self._found: OrderedDict[str, _Found] = OrderedDict()
         self._begun: OrderedDict[str, Namespace] = OrderedDict()
 
@@ -178,7 +189,9 @@ class TokenReuse:
             if count <= 0:
                 lease.release()
                 return 0
-            load = self.pages.load(lease, slots[:count], first=start)
+            stream = self._order.behind_everything()  # its pages were somebody's whose last step may still run
+            handle = None if stream is None else int(stream.cuda_stream)
+            load = self.pages.load(lease, slots[:count], first=start, stream=handle)
             if load.finish():
                 return count
             self._told.trouble("a load failed", load.error)
@@ -186,34 +199,31 @@ class TokenReuse:
             self._told.trouble("a load failed", str(error))
         return 0
 
-    def keep(self, request: Any, tokens: Any, slots: Any) -> int:
-        """Store a text's KV; what is there already is skipped.
+    def keep(self, request: Any, tokens: Any, slots: Any) -> Future[int] | None:
+        """Begin to store a text's KV; what is there already is skipped.
 
         Args:
-            slots: slot numbers of all ``tokens``.
+            slots: slot numbers of all ``tokens``, as a tensor. They must keep their KV until the result is there.
 
         Returns:
-            Tokens newly stored.
+            Tokens newly stored, once they are; ``None`` if nothing was begun.
         """
         if unserved(request) or not len(tokens):
-            return 0
+            return None
         try:
             text = self._text(request, tokens)
-            if self._begun.get(request.rid, text.namespace) != text.namespace:
-                return 0  # the weights changed under it
-            save = self.pages.save(text, slots)
         except LMKVError as error:
-            self._failed_to_keep(str(error))
-            return 0
-        if save.finish():
-            self._told.add(stores=1, stored_tokens=save.tokens)
-        else:
-            self._failed_to_keep(save.error)
-        return save.tokens
+            self._told.add(store_failures=1)
+            self._told.trouble("a text was not kept", str(error))
+            return None
+        if self._begun.get(request.rid, text.namespace) != text.namespace:
+            return None  # the weights changed under it
+        return self._keeper.keep(text, slots)
 
-    def _failed_to_keep(self, why: str) -> None:
-        self._told.add(store_failures=1)
-        self._told.trouble("a text was not kept", why)
+    def close(self) -> None:
+        """Wait for what is being kept, write what waits for the slow tiers, and release everything."""
+        self._keeper.close()
+        self.pages.close()
 
     def forget(self, rid: str) -> None:
         """A request is over."""

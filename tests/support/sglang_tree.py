@@ -74,7 +74,7 @@ class Machine:
         self.taken: dict[str, int] = {}
 
     def close(self) -> None:
-        self.pages.close()
+        self.reuse.close()
 
     # -- what the scheduler does -----------------------------------------------------------------------------------------
 

@@ -220,6 +220,46 @@ def test_without_room_on_the_device_it_is_computed_later(machine: Callable[..., 
     rank.check_pages()
 
 
+def test_pages_that_are_being_kept_are_waited_for_before_others_get_them(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = machine(size=128)
+    go, begun = threading.Event(), threading.Event()
+    save = rank.pages.save
+
+    def slow(*args: Any, **more: Any) -> Any:
+        begun.set()
+        assert go.wait(30)
+        return save(*args, **more)
+
+    monkeypatch.setattr(rank.pages, "save", slow)
+    rank.run(TEXT)  # returns, whatever the copy does
+    assert begun.wait(30)
+    assert rank.told.counts["stores"] == 0
+    threading.Timer(0.2, go.set).start()
+    assert rank.run([300 + i for i in range(90)]) == (0, 0)  # takes the pages of the first
+    rank.flush()
+    assert rank.told.counts["stores"] == 2
+    assert rank.run(TEXT) == (0, 99)  # with the bytes that were there before
+    rank.check_pages()
+
+
+def test_a_copy_that_fails_keeps_nothing_and_holds_nobody_up(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = machine()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(rank.pages, "save", fails)
+    rank.run(TEXT)
+    rank.flush()
+    assert rank.told.counts["store_failures"] == 1
+    assert rank.run(TEXT) == (0, 0)
+    rank.check_pages()
+
+
 def test_changed_weights_make_all_of_it_a_miss(machine: Callable[..., Machine]) -> None:
     assert weights.watch()
     rank = machine()
