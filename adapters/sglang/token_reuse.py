@@ -56,7 +56,7 @@ def unserved(request: Any) -> str:
 
 
 class TokenReuse:
-    """One rank's store, asked by a prefix tree. Called on the scheduler's thread; loads are done when they return, stores are not.
+    """One rank's store, asked by a prefix tree, on the scheduler's thread. Loads are done when they return, stores are not.
 
     The ranks of a model ask the same in the same order, and every answer is agreed upon. So nothing that one rank alone
     knows (its tiers, the time) may decide whether they come to agree, only what they agree upon.

@@ -62,16 +62,19 @@ _LATENT = {
 }
 
 
-def config_of(kind: str) -> PretrainedConfig:
+def config_of(kind: str, **changes: int) -> PretrainedConfig:
     """The configuration of a kind of model.
 
     ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers), ``hybrid`` (in every other one), ``mla`` (latents; no
     experts), ``mamba`` (state layers between attention's).
+
+    Args:
+        changes: of the shape of the first two.
     """
     if kind == "llama":
-        return LlamaConfig(**_COMMON)
+        return LlamaConfig(**{**_COMMON, **changes})
     if kind == "qwen3":
-        return Qwen3Config(**_COMMON)
+        return Qwen3Config(**{**_COMMON, **changes})
     if kind == "window":
         return MistralConfig(**_COMMON, sliding_window=64)
     if kind == "hybrid":
@@ -113,14 +116,14 @@ def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:
     return folder
 
 
-def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Write a model of that kind, or of ``images``; returns its folder."""
+def save_model(kind: str, folder: Path, seed: int = 0, **changes: int) -> Path:
+    """Write a model of that kind, or of ``images``; returns its folder. ``changes`` as for :func:`config_of`."""
     torch.manual_seed(seed)
     target = folder / kind
     if kind == "images":
         model = _with_images(target)
     else:
-        model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config_of(kind, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name or weight.ndim < 2 or "vision" in name or "mamba" in name:

@@ -1,0 +1,399 @@
+"""Loaded KV against computed KV under SGLang on whatever device there is: ``python tests/gpu/sglang_correct.py``.
+
+Each case (way in, page size, CUDA graphs or none, overlap schedule or none) is an engine in a process of its own, on a small
+saved model with random weights whose outputs react to the KV of every position. Ways in: ``radix`` is ``--enable-lmcache`` of
+SGLang 0.5.17, ``layer_first`` and ``page_first`` are HiCache with those host pools and LMKV as its storage. Prompts are
+computed (cold), read from SGLang's own tree (local) and, once that is flushed, from LMKV (loaded). Where the number of tokens
+to compute behind the hit is the same, the model runs in the same shape on the same bits, so on a GPU local and loaded must
+agree exactly (a CPU's sums depend on where a tensor begins in memory); cold and loaded must have equal greedy tokens and
+log-probabilities within a tolerance. The same is asked of generated tokens, the last of which are computed while their request
+ends. Then single positions are corrupted in the slots, which must be seen. Last, more known prompts than SGLang has room for
+come at once, again and again, and end at different times, so that pages are given from one to the next while steps run. A case
+with a restart starts a second engine on the first one's disk directory. One JSON object a line: the case, what was found,
+``ok``. Exit status 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "adapters" / "vllm"))
+
+#: Largest difference of log-probabilities between computed and loaded: the last step has another shape and order of sums.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+#: The same where the same work is done on the same bits.
+NOISE = {"cpu": 1e-5, "cuda": 0.0}
+LENGTHS = (129, 257, 1025, 2000, 3001)
+HOSTED = ("layer_first", "page_first")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--doors", default="radix,layer_first,page_first")
+    parser.add_argument("--pages", default="1,16,64")
+    parser.add_argument("--graphs", default="off,on")
+    parser.add_argument("--overlaps", default="off,on")
+    parser.add_argument("--kind", default="qwen3", help="llama or qwen3")
+    parser.add_argument("--all", action="store_true", help="every combination instead of a choice that covers each value")
+    parser.add_argument("--tokens", type=int, default=16384, help="of SGLang's KV memory")
+    parser.add_argument("--short", action="store_true", help="few and short prompts")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on a part of the device's memory")
+    parser.add_argument("--limit", type=float, default=240, help="seconds a case may take")
+    parser.add_argument("--log", help="folder for the processes' output")
+    return parser.parse_args()
+
+
+def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cases of a call."""
+    pages, graphs, overlaps = args.pages.split(","), args.graphs.split(","), args.overlaps.split(",")
+    found: list[dict[str, Any]] = []
+    for door in args.doors.split(","):
+        mine = [page for page in pages if door not in HOSTED or page != "1"] or pages
+        every = list(itertools.product(mine, graphs, overlaps))
+        if not args.all:
+            # each page size with each schedule, graphs in turn
+            every = [(page, graphs[(i + j) % len(graphs)], o) for i, page in enumerate(mine) for j, o in enumerate(overlaps)]
+        if door in HOSTED and not args.all:
+            every = every[-len(overlaps) :]
+        for number, (page, graph, overlap) in enumerate(every):
+            found.append({"door": door, "page": page, "graph": graph, "overlap": overlap, "restart": number == len(every) - 1})
+    return found
+
+
+# -- in the process of a case --------------------------------------------------------------------------------------------------
+
+
+def settings_of(case: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Arguments of the engine."""
+    store = {"ram_capacity": "1GiB", "ram_extent": "256MiB", "disk_path": str(folder / "disk"), "disk_capacity": "4GiB"}
+    settings: dict[str, Any] = {
+        "model_path": args.model,
+        "dtype": "float32" if args.device == "cpu" else "bfloat16",
+        "device": args.device,
+        "attention_backend": "torch_native" if args.device == "cpu" else "triton",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_custom_all_reduce": True,
+        "skip_tokenizer_init": True,
+        "page_size": int(case["page"]),
+        "context_length": 4096,
+        "max_running_requests": 8,
+        "max_total_tokens": args.tokens,
+        "chunked_prefill_size": 2048,
+        "mem_fraction_static": 0.1 if args.device == "cpu" else 0.6 / args.jobs,
+        "disable_overlap_schedule": case["overlap"] == "off",
+        "disable_cuda_graph": case["graph"] == "off",
+        "random_seed": 0,
+        "port": 31000 + 1000 * args.number,
+        "log_level": "info",
+    }
+    if case["graph"] == "on":
+        settings |= {"cuda_graph_bs_decode": [1, 2, 4, 8], "cuda_graph_bs_prefill": [4, 16, 64, 256]}
+    if case["door"] == "radix":
+        os.environ["LMKV_SGLANG"] = "1"
+        os.environ.update({f"LMKV_{name.upper()}": value for name, value in store.items()})
+        return settings | {"enable_lmcache": True}
+    extra = {"backend_name": "lmkv", "module_path": "lmkv.adapters.sglang.hicache", "class_name": "LMKVHiCacheStorage"}
+    return settings | {
+        "enable_hierarchical_cache": True,
+        "hicache_ratio": 2.0,
+        "hicache_mem_layout": case["door"],
+        "hicache_io_backend": "kernel" if args.device == "cuda" else "direct",
+        "hicache_write_policy": "write_through",
+        "hicache_storage_prefetch_policy": "wait_complete",
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config": json.dumps({**extra, "interface_v1": 1, "prefetch_threshold": 16, **store}),
+    }
+
+
+class Case:
+    """One engine."""
+
+    def __init__(self, case: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+        self.settings = settings_of(case, args, folder)
+        self.probe = Path(os.environ["PROBE_FILE"])
+        self.hosted = case["door"] in HOSTED
+        self.start()
+        page = int(case["page"])
+        numbers = self.random = random.Random(7)
+        lengths = LENGTHS[:3] if args.short else LENGTHS
+        # one token behind whole pages: SGLang's own tree and LMKV then leave the same single token to compute
+        self.aligned = [[numbers.randrange(512) for _ in range(length // page * page + 1)] for length in lengths]
+        self.odd = [[numbers.randrange(512) for _ in range(length + 7)] for length in lengths]
+        many, longest = (6, 600) if args.short else (24, 3000)
+        self.many = [[numbers.randrange(512) for _ in range(numbers.randrange(200, longest))] for _ in range(many)]
+        self.tolerance = TOLERANCE[self.settings["dtype"]]
+        self.noise = NOISE[args.device]
+
+    def start(self) -> None:
+        """A new engine."""
+        import sglang
+
+        self.engine = sglang.Engine(**self.settings)
+
+    def ask(self, prompts: list[list[int]], *, together: bool = False, tokens: list[int] | None = None) -> list[Any]:
+        """For each prompt its greedy tokens, the likeliest tokens' log-probabilities at each step, and its cached tokens."""
+        wanted = tokens or [6] * len(prompts)
+        groups = [list(range(len(prompts)))] if together else [[number] for number in range(len(prompts))]
+        found: list[Any] = []
+        for group in groups:
+            outputs = self.engine.generate(
+                input_ids=[prompts[number] for number in group],
+                sampling_params=[{"max_new_tokens": wanted[number], "temperature": 0, "ignore_eos": True} for number in group],
+                return_logprob=True,
+                top_logprobs_num=5,
+            )
+            found += map(self.answer, outputs)
+        return found
+
+    @staticmethod
+    def answer(output: dict[str, Any]) -> Any:
+        told = output["meta_info"]
+        steps = [{token: value for value, token, *_ in step} for step in told["output_top_logprobs"]]
+        details = told.get("cached_tokens_details") or {}
+        beyond = (details.get("host") or 0) + (details.get("storage") or 0)
+        return list(output["output_ids"]), steps, told["cached_tokens"], beyond
+
+    def flush(self) -> None:
+        """Empty SGLang's own tree (and host memory)."""
+        deadline = time.monotonic() + 60
+        while not self.engine.flush_cache().success:  # refused while a request or a backup is not quite finished
+            if time.monotonic() > deadline:
+                raise RuntimeError("expected SGLang's cache to be flushed; it refuses")
+            time.sleep(0.1)
+
+    def apart(self, a: list[Any], b: list[Any]) -> float:
+        """Largest difference of log-probabilities up to where greedy tokens part, infinite if they part at more than a tie."""
+        worst = 0.0
+        for (tokens_a, steps_a, *_), (tokens_b, steps_b, *_) in zip(a, b, strict=True):
+            for token_a, token_b, one, other in zip(tokens_a, tokens_b, steps_a, steps_b, strict=False):
+                worst = max(worst, *(abs(one[token] - other[token]) for token in one.keys() & other.keys()), 0.0)
+                if token_a != token_b:
+                    gap = one[token_a] - one.get(token_b, float("-inf"))
+                    worst = worst if gap <= 2 * self.tolerance else float("inf")
+                    break
+        return worst
+
+    def same_work(self, a: list[Any], b: list[Any]) -> tuple[int, float]:
+        """How many prompts had the same number of cached tokens, and how far these answers are apart."""
+        same = [(one, other) for one, other in zip(a, b, strict=True) if one[2] == other[2]]
+        return len(same), self.apart([one for one, _ in same], [other for _, other in same])
+
+    def run(self, restart: bool) -> dict[str, Any]:
+        """All comparisons."""
+        found: dict[str, Any] = {}
+        cold = self.ask(self.aligned)
+        local = self.ask(self.aligned)
+        self.flush()
+        loaded = self.ask(self.aligned)
+        found["cached"] = {"cold": [c[2] for c in cold], "local": [c[2] for c in local], "loaded": [c[2:] for c in loaded]}
+        found["same_work"], found["local_and_loaded"] = self.same_work(local, loaded)
+        found["cold_and_loaded"] = self.apart(cold, loaded)
+        found["cold_and_local"] = self.apart(cold, local)
+        self.flush()
+        odd_cold = self.ask(self.odd, together=True)
+        self.flush()
+        odd_loaded = self.ask(self.odd, together=True)
+        found["odd_cold_and_loaded"] = self.apart(odd_cold, odd_loaded)
+        found["odd_cached"] = [c[2] for c in odd_loaded]
+        found["generated"] = self.generated()
+        found["corruption_seen"] = "not tried" if self.hosted else self.corruption()
+        found["churn"], found["churn_cached"] = self.churn()
+        limit = max(self.tolerance, 2 * found["cold_and_local"])
+        page = self.settings["page_size"]
+        full = all(c[3] >= (len(p) - 1) // page * page for p, c in zip(self.aligned, loaded, strict=True))
+        found["full_hits"] = full
+        good = [
+            full,
+            found["same_work"] > 0,
+            found["local_and_loaded"] <= self.noise,
+            found["cold_and_loaded"] <= limit,
+            found["odd_cold_and_loaded"] <= limit,
+            found["generated"]["right"],
+            found["corruption_seen"] in ("all", "not tried"),
+            found["churn"] <= limit,
+        ]
+        if restart:
+            time.sleep(3)  # SGLang kills its processes when it ends; what is kept is written behind
+            self.engine.shutdown()
+            self.start()
+            again = self.ask(self.aligned)
+            found["restart_cached"] = [c[2:] for c in again]
+            found["restart"] = self.apart(loaded, again)
+            good += [found["restart"] <= limit, sum(c[3] for c in again) > 0.9 * sum(c[3] for c in loaded)]
+        found["ok"] = all(good)
+        return found
+
+    def generated(self) -> dict[str, Any]:
+        """Whether generated tokens' KV is kept as it is: a request's last token is computed while the request ends."""
+        self.flush()
+        prompts = [[*prompt[:190], number] for number, prompt in enumerate(self.odd)]
+        lengths = [9 + 8 * number for number in range(len(prompts))]
+        answers = self.ask(prompts, together=True, tokens=lengths)
+        longer = [prompt + answer[0] for prompt, answer in zip(prompts, answers, strict=True)]
+        local = self.ask(longer)
+        self.flush()
+        loaded = self.ask(longer)
+        same_work, difference = self.same_work(local, loaded)
+        cached = [(len(text), a[2], b[2]) for text, a, b in zip(longer, local, loaded, strict=True)]
+        page = self.settings["page_size"]  # generated tokens are among what was loaded
+        beyond = all(b[3] > len(p) // page * page for p, b in zip(prompts[-2:], loaded[-2:], strict=True))
+        right = difference <= self.noise and same_work > 0 and beyond
+        return {"same_work": same_work, "difference": difference, "right": right, "cached": cached}
+
+    def churn(self) -> tuple[float, float]:
+        """How far answers are from computed ones while pages change hands all the time; share of tokens that was loaded."""
+        computed = []
+        for prompt in self.many:
+            self.flush()
+            computed += self.ask([prompt])
+        worst, cached, asked = 0.0, 0, 0
+        for _ in range(4):
+            self.flush()
+            order = self.random.sample(range(len(self.many)), len(self.many))
+            tokens = [self.random.randrange(1, 40) for _ in order]
+            found = self.ask([self.many[i] for i in order], together=True, tokens=tokens)
+            worst = max(worst, self.apart([computed[i] for i in order], found))
+            cached += sum(answer[2] for answer in found)
+            asked += sum(map(len, self.many))
+        return worst, round(cached / asked, 4)
+
+    def corruption(self) -> str:
+        """Whether a change of single positions in the slots is seen."""
+        prompt = self.aligned[1]
+        self.flush()
+        right = self.ask([prompt])
+        missed = []
+        seen = Path(f"{self.probe}.seen")
+        for position in (0, 3, 40, len(prompt) // 2, len(prompt) - 2):
+            self.flush()
+            self.probe.write_text(str(position))
+            wrong = self.ask([prompt])
+            self.probe.write_text("")
+            if not seen.exists():
+                return "the probe was not run"
+            seen.unlink()
+            if wrong[0][0] == right[0][0] and self.apart(right, wrong) <= self.noise:
+                missed.append(position)
+        self.flush()
+        if self.apart(right, self.ask([prompt])) > self.noise:
+            return "mending failed"
+        return f"not at {missed}" if missed else "all"
+
+
+def run_case(args: argparse.Namespace) -> None:
+    """Run one case in this process."""
+    case = json.loads(args.case)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.device == "cpu":
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        import torch
+
+        if args.device == "cpu":
+            torch.set_num_threads(1)
+        begun = time.time()
+        one = Case(case, args, Path(folder))
+        found = {"start_s": round(time.time() - begun, 1), **one.run(case["restart"])}
+        print("R " + json.dumps(found), flush=True)
+
+
+# -- in the process that runs them all -----------------------------------------------------------------------------------------
+
+
+def environment(args: argparse.Namespace, door: str, scratch: Path) -> dict[str, str]:
+    """What a case's processes see: plug-ins of the tests, and few of SGLang's models, which take long to import."""
+    site = scratch / "site"
+    plugins = {"probe": "sglang_probe:register"}
+    paths = [str(site), str(HERE)]
+    if args.device == "cpu" and door in HOSTED:
+        plugins["hostcopies"] = "sglang_host_copies:register"
+        paths.append(str(HERE.parent / "support"))
+    for name, target in plugins.items():
+        info = site / door / f"lmkv_test_{name}-1.0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lmkv-test-{name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {target}\n")
+    paths[0] = str(site / door)
+    found = {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    sglang = importlib.util.find_spec("sglang")
+    if sglang is not None and sglang.submodule_search_locations:
+        models = (Path(sglang.submodule_search_locations[0]) / "srt" / "models").glob("*.py")
+        used = ("__init__", "llama", "qwen2", "qwen3", "utils")
+        found["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(path.stem for path in models if path.stem not in used))
+    return found
+
+
+def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
+    """One case in a process of its own; what it found. An engine's processes may outlive their parent: all are ended."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(case), "--model", str(model)]
+    command += ["--number", str(number), "--device", args.device, "--jobs", str(args.jobs), "--tokens", str(args.tokens)]
+    command += ["--short"] * args.short
+    name = "-".join(str(value) for value in case.values())
+    log, probe = folder / f"{name}.log", folder / f"{name}.probe"
+    probe.write_text("")
+    begun, code, text = time.time(), None, ""
+    environ = {**os.environ, **environment(args, case["door"], model.parent), "PROBE_FILE": str(probe)}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
+        while code is None and time.time() - begun < args.limit:
+            time.sleep(0.3)
+            code = process.poll()
+            text = log.read_text(errors="replace")
+            if any(line.startswith("R {") and line.endswith("}") for line in text.splitlines()[-40:]):
+                code = 0
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    results = [json.loads(line[line.index("R {") + 2 :]) for line in lines if "R {" in line]
+    if not results:
+        print(name, *lines[-30:], sep="\n", file=sys.stderr)
+        results = [{"ok": False, "error": f"no result; exit status {code}, log {log}"}]
+    active = any("LMKV: active" in line for line in lines)
+    troubles = sorted({line[line.index("LMKV: ") :][:200] for line in lines if "LMKV: " in line and "LMKV: active" not in line})
+    ok = bool(results[-1]["ok"]) and active
+    return {**case, **results[-1], "active": active, "told": troubles, "ok": ok, "seconds": round(time.time() - begun, 1)}
+
+
+def main() -> int:
+    args = arguments()
+    if args.case:
+        run_case(args)
+        return 0
+    from models import save_model
+
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.log or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = save_model(args.kind, Path(scratch), head_dim=64)  # which SGLang's kernels are made for
+        with ThreadPoolExecutor(args.jobs) as pool:
+            every = list(enumerate(cases(args)))
+            for found in pool.map(lambda one: start_case(args, one[0], one[1], model, folder), every):
+                failed += not found["ok"]
+                print(json.dumps(found), flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
