@@ -40,6 +40,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 NOISE = {"cpu": 1e-5, "cuda": 0.0}
 LENGTHS = (129, 257, 1025, 2000, 3001)
 HOSTED = ("layer_first", "page_first")
+BEGUN = time.monotonic()
 
 
 def arguments() -> argparse.Namespace:
@@ -56,8 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every combination instead of a choice that covers each value")
     parser.add_argument("--tokens", type=int, default=16384, help="of SGLang's KV memory")
     parser.add_argument("--short", action="store_true", help="few and short prompts")
-    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on a part of the device's memory")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--limit", type=float, default=240, help="seconds a case may take")
+    parser.add_argument("--total", type=float, default=86400, help="seconds for all cases; what has no time left is not begun")
     parser.add_argument("--log", help="folder for the processes' output")
     return parser.parse_args()
 
@@ -99,7 +101,7 @@ def settings_of(case: dict[str, Any], args: argparse.Namespace, folder: Path) ->
         "max_running_requests": 8,
         "max_total_tokens": args.tokens,
         "chunked_prefill_size": 2048,
-        "mem_fraction_static": 0.1 if args.device == "cpu" else 0.6 / args.jobs,
+        "mem_fraction_static": 0.1 if args.device == "cpu" else 0.5,  # an upper bound; the tokens decide
         "disable_overlap_schedule": case["overlap"] == "off",
         "disable_cuda_graph": case["graph"] == "off",
         "random_seed": 0,
@@ -345,8 +347,11 @@ def environment(args: argparse.Namespace, door: str, scratch: Path) -> dict[str,
 
 def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
     """One case in a process of its own; what it found. An engine's processes may outlive their parent: all are ended."""
+    limit = min(args.limit, args.total - (time.monotonic() - BEGUN))
+    if limit < 10:
+        return {**case, "ok": False, "error": "not begun: no time was left"}
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(case), "--model", str(model)]
-    command += ["--number", str(number), "--device", args.device, "--jobs", str(args.jobs), "--tokens", str(args.tokens)]
+    command += ["--number", str(number), "--device", args.device, "--tokens", str(args.tokens)]
     command += ["--short"] * args.short
     name = "-".join(str(value) for value in case.values())
     log, probe = folder / f"{name}.log", folder / f"{name}.probe"
@@ -355,7 +360,7 @@ def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], mode
     environ = {**os.environ, **environment(args, case["door"], model.parent), "PROBE_FILE": str(probe)}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
-        while code is None and time.time() - begun < args.limit:
+        while code is None and time.time() - begun < limit:
             time.sleep(0.3)
             code = process.poll()
             text = log.read_text(errors="replace")

@@ -57,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000,
     },
 }
+BEGUN = time.monotonic()
 MODES = ("none", "lmkv", "hicache", "hicache-lmkv", "hicache-file")
 
 
@@ -84,6 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=8.0, help="seconds after the start, while memory is pinned")
     parser.add_argument("--extra", default="{}", help="more settings of mode lmkv, JSON: LMKV_ variables without LMKV_")
     parser.add_argument("--limit", type=float, default=400, help="seconds a mode may take")
+    parser.add_argument("--total", type=float, default=86400, help="seconds for all modes; what has no time left is not begun")
     parser.add_argument("--log", help="folder for the processes' output")
     return parser.parse_args()
 
@@ -261,13 +263,16 @@ def run_mode(args: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
     """One mode in a process of its own; its results. An engine's processes may outlive their parent: all are ended."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", mode, *sys.argv[1:]]
     begun = time.time()
+    limit = min(args.limit, args.total - (time.monotonic() - BEGUN))
+    if limit < 30:
+        return [{"name": f"{mode}/process", "value": 0, "unit": "s", "exit": 1, "told": ["not begun: no time was left"]}]
     folder = Path(args.log or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{mode}.log"
     code: int | None = None
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        while code is None and time.time() - begun < args.limit:
+        while code is None and time.time() - begun < limit:
             time.sleep(0.5)
             code = 0 if f"{mode}/end" in log.read_text(errors="replace") else process.poll()
         with contextlib.suppress(ProcessLookupError):
