@@ -1,5 +1,5 @@
-"""What remote tiers cost, beside their own clients and the bare socket in the same run: ``python tests/bench/remote.py [--json]
-[--only NAME,…]``.
+"""What remote tiers cost, beside their own clients, plain ones and the bare socket in the same run:
+``python tests/bench/remote.py [--json] [--only NAME,…]``.
 
 One object a line with ``--json``: name, value, unit, reference, ratio. ``reference`` is the peer's or the limit's figure of the
 same run, taken in turn with ours; ``ratio`` = value / reference, or its inverse where less is better. Medians.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import socket
 import statistics
 import sys
@@ -60,9 +61,10 @@ def in_turn(size: int, before: Callable[[], object] = lambda: None, **calls: Cal
 def times_in_turn(before: Callable[[], object] = lambda: None, **calls: Callable[[], object]) -> dict[str, list[float]]:
     """Seconds of each call, round by round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    names, order = list(calls), random.Random(1)
     for number in range(ROUNDS + 2):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # each comes after each other one
+        order.shuffle(names)  # each comes after each other one
+        for name in names:
             call = calls[name]
             before()
             begun = time.perf_counter()
@@ -133,46 +135,121 @@ class Loopback:
 
 # -- Redis -------------------------------------------------------------------------------------------------------------------
 
+PARTS = (256 * 1024, 512 * 1024, MIB, 2 * MIB)
+
+
+class PlainClient:
+    """As little as can talk to the same server: values cut into parts, one connection, ``sendall`` and ``recv_into``.
+
+    No heads, no expiry, no deadlines, nothing that would notice a value that is gone or of two writes.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._sock = socket.create_connection(("127.0.0.1", port))
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._scratch = memoryview(bytearray(64))
+
+    @staticmethod
+    def names(size: int, part: int) -> list[bytes]:
+        return [b"plain:%07d:%03d" % (part, number) for number in range(-(-size // part))]
+
+    def set(self, data: memoryview, part: int) -> None:
+        before, names = b"", self.names(len(data), part)
+        for number, name in enumerate(names):
+            piece = data[number * part : (number + 1) * part]
+            self._sock.sendall(before + b"*3\r\n$3\r\nSET\r\n$17\r\n%b\r\n$%d\r\n" % (name, len(piece)))
+            self._sock.sendall(piece)
+            before = b"\r\n"
+        self._sock.sendall(before)
+        left = 5 * len(names)  # of +OK each
+        while left:
+            left -= self._sock.recv_into(self._scratch[: min(left, 64)])
+
+    def get(self, out: memoryview, part: int, window: int) -> None:
+        asks = [b"*2\r\n$3\r\nGET\r\n$17\r\n%b\r\n" % name for name in self.names(len(out), part)]
+        self._sock.sendall(b"".join(asks[:window]))
+        for number in range(len(asks)):
+            piece = out[number * part : (number + 1) * part]
+            self._receive(self._scratch[: len(b"$%d\r\n" % len(piece))])
+            self._receive(piece)
+            self._receive(self._scratch[:2])
+            if number + window < len(asks):
+                self._sock.sendall(asks[number + window])
+
+    def _receive(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += self._sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
+
+    def close(self) -> None:
+        self._sock.close()
+
 
 def redis_rates() -> Iterator[Row]:
-    """Values of 8 and 14 MiB to and from a Redis, beside redis-py with hiredis and the bare socket."""
+    """Values of 8 and 14 MiB to and from a Redis, beside a plain client of it, redis-py with hiredis, and a bare socket."""
+    yield from rates_of("redis-server", "redis")
+
+
+def valkey_rates() -> Iterator[Row]:
+    """The same of a Valkey."""
+    import servers
+
+    yield from rates_of(servers.valkey_binary(), "valkey")
+
+
+def rates_of(binary: str, kind: str, *args: str) -> Iterator[Row]:
+    """Rows ``…_against_plain_client`` (of the same server), ``…_against_redis_py`` and, what no Redis can reach since nobody
+    keeps or looks for anything there, ``…_against_bare_process``."""
     import redis
     import servers
 
-    with tempfile.TemporaryDirectory() as folder, servers.RedisServer(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, servers.RedisServer(Path(folder), *args, binary=binary) as server:
         client = redis.Redis(port=server.port, protocol=2)
         backend = open_backend("redis", BackendSettings("bench", LAYOUT, url=server.url, deadline_seconds=60))
-        bare = Loopback()
+        bare, plain = Loopback(), PlainClient(server.port)
         for megabytes in (8, 14):
             size = megabytes * MIB
             data, out = memoryview(np.random.default_rng(1).bytes(size)), memoryview(bytearray(size))
             whole = bytes(data)
-            parts = (256 * 1024, 512 * 1024, MIB, 2 * MIB)
-            sets: dict[str, Callable[[], object]] = {"ours": lambda data=data: backend.write_many([key(1)], [data])}  # type: ignore[misc]
-            gets: dict[str, Callable[[], object]] = {"ours": lambda out=out: backend.read_many([key(1)], [out])}  # type: ignore[misc]
-            bare_sets = {f"bare-{part}": lambda data=data, part=part: bare.put(data, part) for part in parts}
-            bare_gets = {f"bare-{part}": lambda out=out, part=part: bare.get(out, part) for part in parts}
+            kept = [name for part in PARTS for name in plain.names(size, part)]
+            calls: dict[str, Callable[[], object]] = {"ours": lambda data=data: backend.write_many([key(1)], [data])}  # type: ignore[misc]
+            sets = calls | {f"bare-{part}": lambda data=data, part=part: bare.put(data, part) for part in PARTS}
+            sets |= {f"plain-{part}": lambda data=data, part=part: plain.set(data, part) for part in PARTS}
 
-            def fresh() -> None:  # new values, as a tier writes them
-                client.delete("peer")
+            def fresh(kept: Sequence[bytes] = kept) -> None:  # new values, as a tier writes them
+                client.delete("peer", *kept)
                 backend.delete_many([key(1)])
 
-            # in rounds of their own: the large replies that redis-py asks for leave a server's memory in another state
-            times = times_in_turn(fresh, **sets, **bare_sets)
-            yield against(f"redis_set_{megabytes}mib_against_socket", times, size, "bare")
+            # redis-py in rounds of its own: its large values leave a server's memory in another state
+            times = times_in_turn(fresh, **sets)
+            yield against(f"{kind}_set_{megabytes}mib_against_plain_client", times, size, "plain")
+            yield against(f"{kind}_set_{megabytes}mib_against_bare_process", times, size, "bare")
+            times = times_in_turn(fresh, **calls, peer=lambda whole=whole: client.set("peer", whole))
+            yield against(f"{kind}_set_{megabytes}mib_against_redis_py", times, size, "peer")
+            fresh()
             backend.write_many([key(1)], [data])
-            times = times_in_turn(**gets, **bare_gets)
-            yield against(f"redis_get_{megabytes}mib_against_socket", times, size, "bare")
-            times = times_in_turn(fresh, **sets, peer=lambda whole=whole: client.set("peer", whole))
-            yield against(f"redis_set_{megabytes}mib_against_redis_py", times, size, "peer")
-            backend.write_many([key(1)], [data])
+            for part in PARTS:
+                plain.set(data, part)
+            calls = {"ours": lambda out=out: backend.read_many([key(1)], [out])}  # type: ignore[misc]
+            gets = calls | {f"bare-{part}": lambda out=out, part=part: bare.get(out, part) for part in PARTS}
+            for window in (2, 4):
+                gets |= {
+                    f"plain-{part}-by-{window}": lambda out=out, part=part, window=window: plain.get(out, part, window)
+                    for part in PARTS
+                }
+            for name, call in gets.items():
+                out[:] = bytes(size)
+                call()
+                assert name.startswith("bare") or out == data, name
+            times = times_in_turn(**gets)
+            yield against(f"{kind}_get_{megabytes}mib_against_plain_client", times, size, "plain")
+            yield against(f"{kind}_get_{megabytes}mib_against_bare_process", times, size, "bare")
             client.set("peer", whole)
-            times = times_in_turn(**gets, peer=lambda: client.get("peer"))
-            yield against(f"redis_get_{megabytes}mib_against_redis_py", times, size, "peer")
-            assert backend.read_many([key(1)], [out]) == [size]
-            assert out == data
-            client.delete("peer")
+            times = times_in_turn(**calls, peer=lambda: client.get("peer"))
+            yield against(f"{kind}_get_{megabytes}mib_against_redis_py", times, size, "peer")
+            fresh()
         bare.close()
+        plain.close()
         backend.close()
 
 
@@ -422,7 +499,7 @@ def lossless() -> Iterator[Row]:
     yield row("lossless_encode_1_thread", rates["encode"], "GB/s", 0.5)
 
 
-ALL = [redis_rates, redis_contains, dead_server, s3_rates, mooncake_rates, lossless]
+ALL = [redis_rates, valkey_rates, redis_contains, dead_server, s3_rates, mooncake_rates, lossless]
 
 
 def main(parts: Sequence[Callable[[], Iterator[Row]]] = ALL, about: str | None = __doc__) -> int:

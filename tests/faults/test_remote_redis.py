@@ -198,14 +198,14 @@ def parts_of(server: servers.RedisServer, key: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "corrupted", "swapped", "longer", "empty"])
-@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("part", [0, 1])
 def test_damaged_values_are_misses(client: Any, server: servers.RedisServer, damage: str, part: int) -> None:
     mine = client(server.url)
     assert mine.put()
     assert mine.put(other_text(3))
     redis = server.client()
     victim, donor = (parts_of(server, mine.keys(text)[2]) for text in (TEXT, other_text(3)))
-    assert len(victim) == len(donor) == 3, "a head and two parts"
+    assert len(victim) == len(donor) == 2, "a head with the first part, and the second one"
     data = bytearray(redis.get(victim[part]))
     if damage == "corrupted":
         data[random.Random(part).randrange(len(data))] ^= 0x10

@@ -1,10 +1,10 @@
-"""Values in a Redis: small ones under one key, larger ones in parts of 512 KiB, visible once all parts are there.
+"""Values in a Redis: small ones under one key, larger ones in parts of 508 KiB, visible once all parts are there.
 
 A value's *head* stands under ``<prefix>:{<chunk key in hex>}``: 32 bytes that say its size, how it is cut and which write it is
-of, followed by the value itself where it is not cut. Parts stand under ``<prefix>:{<key>}:<write>:<number>``. A write sends the
-parts, has them confirmed, then sets the head; so a reader meets one write's parts or none, whoever else writes at the time.
-A part that is gone (evicted, expired, lost with a node) makes the value absent. The braces put a value's keys on one node of
-a cluster.
+of, followed by its first part, which for a small one is all of it. Further parts stand under
+``<prefix>:{<key>}:<write>:<number>``, from 1 on. A write is one transaction, so that a reader meets one write's parts or none,
+whoever else writes at the time, and nothing is left of a write that ended halfway. A part that is gone (evicted, expired, lost
+with a node) makes the value absent. The braces put a value's keys on one node of a cluster.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +26,19 @@ from .wire import ErrorReply, Wire, WireError, command
 
 __all__ = ["RedisBackend"]
 
-#: magic, bytes of a part, bytes of the value, write; a value that is not cut has the write 0 and follows at once.
+#: magic, bytes of a part, bytes of the value, write (0 where the value is not cut).
 _HEAD = struct.Struct("<4sIQ16s")
 _MAGIC = b"LKV1"
 _UNCUT = bytes(16)
 _HEAD_RANGE = (b"0", b"%d" % (_HEAD.size - 1))
 _MOST_BYTES = 2**36
-#: Parts whose write ended before its head was set go after this time.
-_UNFINISHED_MS = b"600000"
-#: The next part is asked for when so much of one is still to come: sooner a server holds two replies at once, for which it
-#: finds fresh memory each time and takes twice as long; later it waits for us.
-_AHEAD = 128 * 1024
-#: Heads that are asked for ahead.
-_WINDOW = 2
+#: So many replies are always under way, and more as long as they are of no more bytes in all: a server that waits for the next
+#: question, or we for the next answer, costs more than what it keeps ready.
+_LEAST_ASKED, _MOST_ASKED_BYTES = 2, 2 * 1024**2
+#: Parts that are handed to the socket at once.
+_SENT_TOGETHER = 4
+#: A reply of which more is expected is received to where it belongs from its first bytes on.
+_LARGE = 8 * 1024
 #: How long a server that was full is not asked again.
 _FULL_SECONDS = 1.0
 #: Errors that say that another node has the keys, or the role, by now.
@@ -54,13 +55,22 @@ class _Head:
     size: int
     write: bytes
 
-    @property
-    def parts(self) -> int:
-        return 0 if self.write == _UNCUT else -(-self.size // self.part)
+    def further(self) -> Iterator[tuple[int, int, int]]:
+        """Number, begin and end of each part but the first."""
+        if self.write != _UNCUT:
+            for number, begin in enumerate(range(self.part, self.size, self.part), 1):
+                yield number, begin, min(begin + self.part, self.size)
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        for begin in range(0, self.size, self.part):
-            yield begin, min(begin + self.part, self.size)
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A reply that is wanted: a head with its part, or a further part."""
+
+    index: int
+    name: bytes
+    begin: int
+    end: int
+    head: _Head | None = None
 
 
 def _read_head(data: bytes) -> _Head | None:
@@ -110,17 +120,14 @@ class RedisBackend:
     def _part(name: bytes, write: bytes, number: int) -> bytes:
         return b"%b:%b:%d" % (name, write.hex().encode(), number)
 
-    @staticmethod
-    def _set(wire: Wire, name: bytes, start: bytes, value: memoryview, milliseconds: bytes) -> None:
-        """Send a SET, or with milliseconds a PSETEX, of ``start`` and ``value`` put together.
+    def _set(self, name: bytes, start: bytes, size: int) -> bytes:
+        """A SET, or a PSETEX, of ``start`` and ``size`` more bytes that are to follow, and a line's end.
 
         The value is the last word: a server then receives it in one piece, to where it stays.
         """
-        size = len(start) + len(value)
-        expiry = b"$%d\r\n%b\r\n" % (len(milliseconds), milliseconds) if milliseconds else b""
-        verb = b"*4\r\n$6\r\nPSETEX" if milliseconds else b"*3\r\n$3\r\nSET"
-        begin = b"%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b" % (verb, len(name), name, expiry, size, start)
-        wire.send(begin, value, b"\r\n")
+        expiry = b"$%d\r\n%b\r\n" % (len(self._expiry), self._expiry) if self._expiry else b""
+        verb = b"*4\r\n$6\r\nPSETEX" if self._expiry else b"*3\r\n$3\r\nSET"
+        return b"%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b" % (verb, len(name), name, expiry, len(start) + size, start)
 
     # -- talking to nodes ------------------------------------------------------------------------------------------------
 
@@ -194,24 +201,10 @@ class RedisBackend:
         until = time.monotonic() + self._deadline
 
         def step(wire: Wire, indices: list[int]) -> None:
-            cut: list[tuple[int, _Head]] = []
             broken.difference_update(indices)
-            for i, there, head in self._receive_heads(wire, indices, names, out):
+            for i in indices:
                 sizes[i] = None
-                if head is None:
-                    broken.update([i] if there else [])
-                elif head.size > len(out[i]):
-                    continue
-                elif head.parts:
-                    cut.append((i, head))
-                else:
-                    sizes[i] = head.size
-            whole = self._receive_parts(wire, cut, names, out)
-            for i, head in cut:
-                if i in whole:
-                    sizes[i] = head.size
-                else:
-                    broken.add(i)
+            self._receive(wire, indices, names, out, sizes, broken)
 
         self._each_node("read", names, step, until)
         if broken:  # perhaps it was replaced meanwhile
@@ -221,58 +214,73 @@ class RedisBackend:
             self.delete_many([keys[i] for i in sorted(broken)])
         return sizes
 
-    def _receive_heads(
-        self, wire: Wire, indices: list[int], names: Sequence[bytes], out: Sequence[memoryview]
-    ) -> Iterator[tuple[int, bool, _Head | None]]:
-        """In order: whether something stands there, and its head; values that are not cut go straight into their buffers."""
-        asked = 0
-        for done, i in enumerate(indices):
-            while asked < min(len(indices), done + 2 * _WINDOW):
-                wire.send(command(b"GET", names[indices[asked]]))
-                asked += 1
-            size = wire.size()
-            if size is None or isinstance(size, ErrorReply):
-                if size is not None:
-                    self._told(size)
-                yield i, size is not None, None
-                continue
-            scratch = bytearray(min(size, _HEAD.size))
-            wire.take(memoryview(scratch))
-            head, rest = _read_head(bytes(scratch)), size - len(scratch)
-            if head is not None and rest != (0 if head.parts else head.size):
-                head = None
-            if head is not None and rest <= len(out[i]):
-                wire.take(out[i][:rest])
-            else:
-                self._skip(wire, rest)
-            wire.end()
-            yield i, True, head
+    def _receive(
+        self,
+        wire: Wire,
+        indices: list[int],
+        names: Sequence[bytes],
+        out: Sequence[memoryview],
+        sizes: list[int | None],
+        broken: set[int],
+    ) -> None:
+        """Heads, and of values that are cut the parts right after; sets ``sizes`` of what came whole, adds to ``broken``."""
+        wanted = deque(_Ask(i, names[i], 0, min(len(out[i]), self._target.part_bytes)) for i in indices)
+        asked: deque[_Ask] = deque()
+        under_way = 0
+        while wanted or asked:
+            words = []
+            while wanted and (len(asked) < _LEAST_ASKED or under_way + wanted[0].end - wanted[0].begin <= _MOST_ASKED_BYTES):
+                asked.append(wanted.popleft())
+                under_way += asked[-1].end - asked[-1].begin
+                words.append(command(b"GET", asked[-1].name))
+            if words:
+                wire.send(b"".join(words))
+            ask = asked.popleft()
+            under_way -= ask.end - ask.begin
+            i = ask.index
+            if ask.head is None:
+                there, head = self._receive_head(wire, ask, out[i])
+                if head is not None:
+                    sizes[i] = head.size
+                    further = [_Ask(i, self._part(names[i], head.write, n), b, e, head) for n, b, e in head.further()]
+                    wanted.extendleft(reversed(further))
+                elif there:
+                    broken.add(i)
+            elif not self._receive_part(wire, ask, out[i]):
+                sizes[i] = None
+                broken.add(i)
+                wanted = deque(other for other in wanted if other.index != i)
 
-    def _receive_parts(
-        self, wire: Wire, cut: Sequence[tuple[int, _Head]], names: Sequence[bytes], out: Sequence[memoryview]
-    ) -> set[int]:
-        """Which of the cut values came whole."""
-        wanted = [(i, head.write, number, span) for i, head in cut for number, span in enumerate(head.spans())]
-        whole = {i for i, _ in cut}
-        asks = iter([command(b"GET", self._part(names[i], write, number)) for i, write, number, _ in wanted])
-        wire.send(next(asks, b""))
-        for i, _, _, (begin, end) in wanted:
-            size = wire.size()
-            if isinstance(size, ErrorReply):
+    def _receive_head(self, wire: Wire, ask: _Ask, out: memoryview) -> tuple[bool, _Head | None]:
+        """Whether something damaged or foreign stands there; the head of a value that fits, whose first part was received."""
+        size = wire.size(ask.end > _LARGE)
+        if size is None or isinstance(size, ErrorReply):
+            if size is not None:
                 self._told(size)
-            if size != end - begin:
-                whole.discard(i)
-                wire.send(next(asks, b""))
-                if isinstance(size, int):
-                    self._skip(wire, size)
-                    wire.end()
-                continue
-            ahead = max(begin, end - _AHEAD)
-            wire.take(out[i][begin:ahead])
-            wire.send(next(asks, b""))
-            wire.take(out[i][ahead:end])
+            return size is not None, None
+        scratch = bytearray(min(size, _HEAD.size))
+        wire.take(memoryview(scratch))
+        head, rest = _read_head(bytes(scratch)), size - len(scratch)
+        whole = head is not None and rest == (head.size if head.write == _UNCUT else min(head.size, head.part))
+        if head is not None and whole and head.size <= len(out):
+            wire.take_last(out[:rest])
+            return False, head
+        self._skip(wire, rest)
+        wire.end()
+        return not whole, None
+
+    def _receive_part(self, wire: Wire, ask: _Ask, out: memoryview) -> bool:
+        """Whether a part came as its head says."""
+        size = wire.size(ask.end - ask.begin > _LARGE)
+        if isinstance(size, ErrorReply):
+            self._told(size)
+        elif size == ask.end - ask.begin:
+            wire.take_last(out[ask.begin : ask.end])
+            return True
+        elif size is not None:
+            self._skip(wire, size)
             wire.end()
-        return whole
+        return False
 
     def _skip(self, wire: Wire, size: int) -> None:
         if size > 4 * self._target.part_bytes + _HEAD.size:
@@ -293,49 +301,61 @@ class RedisBackend:
             raise
 
     def _send(self, wire: Wire, indices: list[int], names: Sequence[bytes], data: Sequence[memoryview]) -> None:
-        """Parts first, and once they are confirmed, heads."""
-        size = self._target.part_bytes
-        heads = {i: _Head(size, len(data[i]), secrets.token_bytes(16) if len(data[i]) > size else _UNCUT) for i in indices}
-        parts: dict[int, list[bytes]] = {i: [] for i in indices}
+        """A transaction a value; each is confirmed once the next one has been sent."""
+        sent: deque[tuple[bytes, list[bytes]]] = deque()
         for i in indices:
-            for number, (begin, end) in enumerate(heads[i].spans() if heads[i].parts else ()):
-                parts[i].append(self._part(names[i], heads[i].write, number))
-                self._set(wire, parts[i][-1], b"", data[i][begin:end], self._expiry or _UNFINISHED_MS)
-        sent = [name for i in indices for name in parts[i]]
-        failed = self._first_error(wire.statuses(len(sent)))
-        if failed is None:
-            for i in indices:
-                if not self._expiry:
-                    wire.send(b"".join(command(b"PERSIST", name) for name in parts[i]))
-                wire.send(command(b"GETRANGE", names[i], *_HEAD_RANGE))
-                packed = _HEAD.pack(_MAGIC, size, heads[i].size, heads[i].write)
-                self._set(wire, names[i], packed, data[i][:0] if parts[i] else data[i], self._expiry)
-            failed = self._receive_confirmations(wire, [0 if self._expiry else len(parts[i]) for i in indices], indices, names)
+            sent.append((names[i], self._send_one(wire, names[i], data[i])))
+            if len(sent) > 1:
+                self._confirm(wire, *sent.popleft())
+        while sent:
+            self._confirm(wire, *sent.popleft())
+
+    def _send_one(self, wire: Wire, name: bytes, data: memoryview) -> list[bytes]:
+        """Send a value; the names of its further parts.
+
+        The server takes the parts in and gives them their names at once at the end, or, if it refused one, none of them. A
+        writer that is cut off before leaves nothing.
+        """
+        part, size = self._target.part_bytes, len(data)
+        head = _Head(part, size, secrets.token_bytes(16) if size > part else _UNCUT)
+        start = _HEAD.pack(_MAGIC, part, size, head.write)
+        first = data[: min(part, size)]
+        pieces: list[bytes | memoryview] = [
+            command(b"MULTI") + command(b"GETRANGE", name, *_HEAD_RANGE) + self._set(name, start, len(first)),
+            first,
+        ]
+        parts = []
+        for number, begin, end in head.further():
+            if number % _SENT_TOGETHER == 0:
+                wire.send(*pieces)
+                pieces.clear()
+            parts.append(self._part(name, head.write, number))
+            pieces += [b"\r\n" + self._set(parts[-1], b"", end - begin), data[begin:end]]
+        wire.send(*pieces, b"\r\n" + command(b"EXEC"))
+        return parts
+
+    def _confirm(self, wire: Wire, name: bytes, parts: list[bytes]) -> None:
+        """Receive what became of a value that was sent; drop the parts of the one that it replaced."""
+        failed = self._first_error(wire.statuses(3 + len(parts)))  # of MULTI, and of each command whether it was taken in
+        done = wire.array()
+        if isinstance(done, ErrorReply):
+            failed = failed or ErrorReply(done.rpartition("because of: ")[2])
+        elif done != 2 + len(parts):
+            raise WireError(f"expected {2 + len(parts)} results of a transaction; got {done}")
+        else:
+            replaced = self._old_parts(wire, name)
+            failed = self._first_error(wire.statuses(1 + len(parts)))
+            self._unlink_all(wire, replaced if failed is None else [name, *parts])
         if failed is not None:
-            self._unlink_all(wire, sent)
             self._told(failed)
             raise BackendUnavailableError(f"the server says: {failed}")
 
-    def _receive_confirmations(
-        self, wire: Wire, persisted: Sequence[int], indices: list[int], names: Sequence[bytes]
-    ) -> ErrorReply | None:
-        """What the setting of heads came to; drops the parts of values that were replaced."""
-        replies: list[int | ErrorReply] = []
-        replaced: list[bytes] = []
-        for i, count in zip(indices, persisted, strict=True):
-            replies += wire.statuses(count)
-            replaced += self._old_parts(wire, names[i])
-            replies.append(wire.status())
-        failed = self._first_error(replies)
-        if failed is None:
-            self._unlink_all(wire, replaced)
-        return failed
-
     @staticmethod
     def _unlink_all(wire: Wire, names: Sequence[bytes]) -> None:
-        """Drop keys. One command a key: a cluster refuses keys of several slots in one."""
-        wire.send(b"".join(command(b"UNLINK", name) for name in names))
-        wire.statuses(len(names))
+        """Drop keys of one slot."""
+        if names:
+            wire.send(command(b"UNLINK", *names))
+            wire.status()
 
     def _old_parts(self, wire: Wire, name: bytes) -> list[bytes]:
         """The names of parts of which a GETRANGE of a head, asked before, speaks."""
@@ -348,7 +368,7 @@ class RedisBackend:
         wire.take(memoryview(held))
         wire.end()
         head = _read_head(bytes(held))
-        return [self._part(name, head.write, number) for number in range(head.parts)] if head else []
+        return [self._part(name, head.write, number) for number, _, _ in head.further()] if head else []
 
     @staticmethod
     def _first_error(replies: Sequence[int | ErrorReply]) -> ErrorReply | None:

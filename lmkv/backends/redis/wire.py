@@ -14,6 +14,8 @@ import time
 __all__ = ["ErrorReply", "Wire", "WireError", "command"]
 
 _SCRATCH = 16 * 1024
+#: Bytes first received of a reply that is expected to be large; the rest goes straight to where it belongs.
+_LARGE_REPLY = 48
 #: A line of a reply is a number or an error's text.
 _LONGEST_LINE = 4096
 _TIMEVAL = struct.Struct("ll")
@@ -67,9 +69,7 @@ class Wire:
         """
         if self._begin != self._end:
             raise WireError("expected no more replies; bytes came that belong to none")
-        self._sock.settimeout(self._timeout)
-        if not self._tls:
-            self._set_timeouts(0.0)
+        self._sock.settimeout(self._timeout)  # what was armed counts for blocking sockets only, and is armed anew then
 
     def allow(self, until: float) -> None:
         """Move the moment at which waits end."""
@@ -108,28 +108,25 @@ class Wire:
                 continue  # the next look at the clock says whether there is time left
             except OSError as error:
                 raise WireError(f"the connection ended while sending: {error}") from None
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = left[0][sent:]
+            _drop(left, sent)
 
     # -- receiving -------------------------------------------------------------------------------------------------------
 
-    def _fill(self) -> None:
-        """Receive what there is into the empty or moved-together scratch."""
+    def _fill(self, most: int = _SCRATCH) -> None:
+        """Receive what there is, but no more than ``most``, into the empty or moved-together scratch."""
         if self._begin:
             left = self._end - self._begin
             self._scratch[:left] = self._scratch[self._begin : self._end]
             self._begin, self._end = 0, left
         if self._end == _SCRATCH:
             raise WireError(f"expected a line of at most {_LONGEST_LINE} bytes; got more")
-        self._end += self._receive(self._scratch[self._end :], 0)
+        self._end += self._receive([self._scratch[self._end : self._end + most]], 0)
 
-    def _receive(self, view: memoryview, flags: int) -> int:
+    def _receive(self, views: list[memoryview], flags: int) -> int:
         while True:
             self._arm()
             try:
-                size = self._sock.recv_into(view, 0, 0 if self._tls else flags)
+                size = self._sock.recv_into(views[0]) if self._tls else self._sock.recvmsg_into(views, 0, flags)[0]
             except (BlockingIOError, TimeoutError):
                 continue
             except OSError as error:
@@ -138,7 +135,7 @@ class Wire:
                 raise WireError("the connection was ended by the other side")
             return size
 
-    def _line(self) -> bytes:
+    def _line(self, most: int = _SCRATCH) -> bytes:
         while True:
             held = bytes(self._scratch[self._begin : min(self._end, self._begin + _LONGEST_LINE)])
             at = held.find(_END)
@@ -147,32 +144,58 @@ class Wire:
                 return held[:at]
             if len(held) == _LONGEST_LINE:
                 raise WireError(f"expected a line of at most {_LONGEST_LINE} bytes; got more")
-            self._fill()
+            self._fill(most)
 
-    def size(self) -> int | ErrorReply | None:
+    def size(self, large: bool = False) -> int | ErrorReply | None:
         """Begin to receive a bulk reply: its bytes, which :meth:`take` or :meth:`skip` must receive; ``None`` for no value.
+
+        Args:
+            large: much is expected: take no more of it off the socket now than it takes to know its size.
 
         Raises:
             WireError: the connection ended, or what came is no bulk reply.
         """
-        line = self._line()
+        return self._counted(b"$", _LARGE_REPLY if large else _SCRATCH)
+
+    def array(self) -> int | ErrorReply | None:
+        """Begin to receive an array: how many replies follow; ``None`` for no array."""
+        return self._counted(b"*", _SCRATCH)
+
+    def _counted(self, kind: bytes, most: int) -> int | ErrorReply | None:
+        line = self._line(most)
         if line[:1] == b"-":
             return ErrorReply(line[1:].decode("utf-8", "replace"))
         try:
-            if line[:1] != b"$":
+            if line[:1] != kind:
                 raise ValueError
             size = int(line[1:])
         except ValueError:
-            raise WireError(f"expected a bulk reply; got {line[:40]!r}") from None
+            raise WireError(f"expected a reply that begins with {kind.decode()} and a number; got {line[:40]!r}") from None
         return None if size < 0 else size
 
     def take(self, view: memoryview) -> None:
         """Receive the next bytes of a bulk reply to where they belong."""
+        ready = self._take_ready(view)
+        while ready < len(view):
+            ready += self._receive([view[ready:]], socket.MSG_WAITALL)
+
+    def take_last(self, view: memoryview) -> None:
+        """Receive the last bytes of a bulk reply to where they belong, and its end with them, in one system call."""
+        ready = self._take_ready(view)
+        if ready < len(view):  # so nothing is left in the scratch
+            tail = self._scratch[:2]
+            left = [view[ready:], tail]
+            while left:
+                _drop(left, self._receive(left, socket.MSG_WAITALL))
+            self._begin, self._end = 0, 2
+        self.end()
+
+    def _take_ready(self, view: memoryview) -> int:
+        """What is in the scratch already."""
         ready = min(self._end - self._begin, len(view))
         view[:ready] = self._scratch[self._begin : self._begin + ready]
         self._begin += ready
-        while ready < len(view):
-            ready += self._receive(view[ready:], socket.MSG_WAITALL)
+        return ready
 
     def skip(self, size: int) -> None:
         """Receive the next bytes of a bulk reply and drop them."""
@@ -212,8 +235,16 @@ class Wire:
         return found
 
 
+def _drop(views: list[memoryview], count: int) -> None:
+    """Take that many bytes off the front."""
+    while views and count >= len(views[0]):
+        count -= len(views.pop(0))
+    if count:
+        views[0] = views[0][count:]
+
+
 #: Short replies that come by the hundred.
-_COMMON = {b":0": 0, b":1": 1, b"+OK": 0}
+_COMMON = {b":0": 0, b":1": 1, b"+OK": 0, b"+QUEUED": 0}
 
 
 def _status(line: bytes) -> int | ErrorReply:
