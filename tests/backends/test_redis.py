@@ -151,7 +151,7 @@ def test_what_is_replaced_or_deleted_leaves_nothing_behind(
     assert names(server, request.node.name) == []
 
 
-@pytest.mark.parametrize("lost", [1, 2, 4])
+@pytest.mark.parametrize("lost", [0, 2, 3])
 def test_a_missing_part_makes_the_value_absent(
     backend: Backend, server: servers.RedisServer, request: pytest.FixtureRequest, lost: int
 ) -> None:
@@ -263,7 +263,7 @@ def test_no_part_wastes_the_memory_of_the_server(server: servers.RedisServer, re
     backend = open_backend("redis", BackendSettings("remote", LAYOUT, url=server.url, options={"prefix": prefix}))
     size = 8 * DEFAULT_PART
     backend.write_many([key(1)], [memoryview(bytes(size))])
-    assert len(names(server, prefix)) == 8
+    assert len(names(server, prefix)) == 9, "a head with the first bytes, and parts"
     taken = sum(server.client().memory_usage(name, samples=0) for name in names(server, prefix))
     assert taken < size * 1.02
     backend.clear()

@@ -41,9 +41,7 @@ _KNOWN = frozenset(
         *tuple(name + end for name in _SECRETS for end in ("", "_env", "_file")),
     )
 )
-#: Stays in a core's caches on its way; larger parts were up to twice as slow to receive (docs/benchmarks.md). A little below
-#: a power of two, since servers' allocators round a value and what they keep of it up to such sizes: 512 KiB take 640.
-DEFAULT_PART = 508 * 1024
+DEFAULT_PART = 2044 * 1024
 LEAST_PART, _MOST_PART = 64 * 1024, 64 * 1024**2
 
 

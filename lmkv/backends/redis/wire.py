@@ -136,6 +136,8 @@ class Wire:
             return size
 
     def _line(self, most: int = _SCRATCH) -> bytes:
+        if self._begin == self._end:
+            self._fill(most)
         while True:
             held = bytes(self._scratch[self._begin : min(self._end, self._begin + _LONGEST_LINE)])
             at = held.find(_END)
