@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -34,9 +35,10 @@ class Finder:
         self._probes = Probes()
 
     def match(self, namespace: Namespace, keys: Sequence[ChunkKey], pieces: Sequence[bytes], wait: float = 0.0) -> Match:
-        """What the tiers hold of a prompt's chunks; remote tiers are waited for at most ``wait`` seconds."""
+        """What the tiers hold of a prompt's chunks; remote tiers are waited for at most ``wait`` seconds in all."""
         runs: list[tuple[str, int]] = []
         full, pending, total = 0, False, len(keys)
+        until = time.monotonic() + wait
         with self._lock:
             count = len(self._ram.index.walk(keys, pieces))
         if count:
@@ -48,7 +50,7 @@ class Finder:
                 if tier.local is not None:
                     step = tier.match_prefix(keys[full:], pieces[full:])
                 else:
-                    answer = self._probes.ask(tier, keys[full:], wait)
+                    answer = self._probes.ask(tier, keys[full:], max(0.0, until - time.monotonic()))
                     pending = pending or answer is None
                     step = answer or 0
                 if step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -15,11 +16,40 @@ from .handles import Match
 from .index import Node
 from .tiers import NewChunk, RamTier, SlowTier
 
-__all__ = ["Loader", "Probes"]
+__all__ = ["Loader", "Probes", "Waits"]
 
 #: How long a remote tier's answer to "how many of these keys" is believed.
 _ANSWER_SECONDS = 1.0
 _MOST_PROBES = 1024
+
+
+class Waits:
+    """Waits that end in time: who waits is woken late by what the machine takes for it, so it asks for that much less."""
+
+    #: What a wait is cut short by, as parts of it: at least, since the first late one is not foreseen, and at most.
+    LEAST, MOST = 0.02, 0.1
+    #: Once and a half the latest of so many waits that ended without a result is expected.
+    REMEMBERED, ALLOWANCE = 16, 1.5
+
+    def __init__(self) -> None:
+        self._late: deque[float] = deque(maxlen=self.REMEMBERED)
+
+    def result(self, future: Future[int], seconds: float) -> int:
+        """The future's result within ``seconds``.
+
+        Raises:
+            concurrent.futures.TimeoutError: it did not come.
+        """
+        if seconds <= 0:
+            return future.result(0)
+        begun = time.monotonic()
+        expected = self.ALLOWANCE * max(list(self._late), default=0.0)
+        asked = seconds - min(max(expected, self.LEAST * seconds), self.MOST * seconds)
+        try:
+            return future.result(asked)
+        except FutureTimeoutError:
+            self._late.append(time.monotonic() - begun - asked)
+            raise
 
 
 class Probes:
@@ -28,6 +58,7 @@ class Probes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked: dict[tuple[str, ChunkKey, ChunkKey], tuple[Future[int], float]] = {}
+        self._waits = Waits()
 
     def ask(self, tier: SlowTier, keys: Sequence[ChunkKey], wait: float) -> int | None:
         """How many leading keys ``tier`` holds; ``None`` if it has not answered within ``wait`` seconds."""
@@ -45,41 +76,17 @@ class Probes:
                 while len(self._asked) > _MOST_PROBES:
                     self._asked.pop(next(iter(self._asked)))
         try:
-            return future.result(wait)
+            return self._waits.result(future, wait)
         except CancelledError:  # the store is closing
             return 0
         except FutureTimeoutError:
-            if time.monotonic() - asked < tier.deadline:
+            early = Waits.MOST * tier.deadline if wait > 0 else 0.0  # a wait may have been cut short
+            if time.monotonic() - asked < tier.deadline - early:
                 return None
         with self._lock:
             self._asked.pop(question, None)
         tier.breaker.failure("lookup", f"no answer within {tier.deadline} s")
         return 0
-
-
-class _Waits:
-    """Waits that end in time: who waits is woken late by what the machine takes for it, so it asks for that much less."""
-
-    #: What is expected at first, and at most as a part of a wait.
-    FIRST_SECONDS, MOST = 0.001, 0.1
-
-    def __init__(self) -> None:
-        self._late = self.FIRST_SECONDS
-
-    def result(self, future: Future[int], seconds: float) -> int:
-        """The future's result within ``seconds``.
-
-        Raises:
-            concurrent.futures.TimeoutError: it did not come.
-        """
-        begun = time.monotonic()
-        asked = seconds - min(self._late, self.MOST * seconds)
-        try:
-            return future.result(asked)
-        except FutureTimeoutError:
-            late = time.monotonic() - begun - asked
-            self._late = max(late, 0.9 * self._late, self.FIRST_SECONDS)
-            raise
 
 
 class _Trip:
@@ -130,7 +137,7 @@ class Loader:
         self._held = held
         self._emit = emit
         self._under_way: dict[ChunkKey, Future[None]] = {}
-        self._waits = _Waits()
+        self._waits = Waits()
 
     @property
     def loading(self) -> int:

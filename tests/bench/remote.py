@@ -316,6 +316,7 @@ def dead_server() -> Iterator[Row]:
             between.flow()
         waits.sort()
         yield row("stalled_wait_p999", waits[int(len(waits) * 0.999)] * 1e3, "ms", deadline * 1e3, less_is_better=True)
+        yield row("stalled_wait_longest", waits[-1] * 1e3, "ms", deadline * 1e3, less_is_better=True)
         yield row("stalled_wait_median", statistics.median(waits) * 1e3, "ms", deadline * 1e3, less_is_better=True)
 
 

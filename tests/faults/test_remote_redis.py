@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ import proxy
 import pytest
 import servers
 from remote_client import DEADLINE, LAYOUT, SLACK, TEXT, other_text, until_served
+
+import lmkv
 
 
 @pytest.fixture
@@ -138,6 +142,19 @@ def test_stalled_replies_cost_the_deadline_and_then_nothing(client: Any, between
     assert "tier_disabled" in mine.kinds()
     between.flow()
     assert until_served(mine, 10) < 5
+
+
+def test_several_tiers_that_do_not_answer_cost_one_wait(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        deaf = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(5)]
+        tiers = tuple(
+            lmkv.TierConfig(url=f"redis://127.0.0.1:{one.getsockname()[1]}", name=f"deaf-{number}", deadline_seconds=DEADLINE)
+            for number, one in enumerate(deaf)
+        )
+        store = stack.enter_context(lmkv.Store(lmkv.StoreConfig(ram_capacity=8 << 20, disk_capacity=0, tiers=tiers), LAYOUT))
+        begun = time.monotonic()
+        assert store.lookup(TEXT).wait(DEADLINE).hit_tokens == 0
+        assert time.monotonic() - begun < DEADLINE + SLACK
 
 
 def test_a_stalled_load_costs_the_deadline(client: Any, server: servers.RedisServer, between: proxy.Proxy) -> None:
