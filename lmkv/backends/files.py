@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..chunks import ChunkKey
 from ..errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
-from .base import BackendSettings
+from .base import BackendSettings, shown_url
 
 __all__ = ["FilesBackend"]
 
@@ -40,7 +40,7 @@ class FilesBackend:
         parts = urllib.parse.urlsplit(settings.url)
         path = urllib.parse.unquote(parts.path)
         if parts.scheme != "file" or parts.netloc not in ("", "localhost") or path in ("", "/"):
-            raise ConfigError(f"{where}: expected a url such as file:///mnt/shared/kv; got {settings.url!r}")
+            raise ConfigError(f"{where}: expected a url such as file:///mnt/shared/kv; got {shown_url(settings.url)!r}")
         if parts.query:
             raise ConfigError(f"{where}: expected no options for a shared directory; got {parts.query!r}")
         self._use(settings, Path(path))
