@@ -412,25 +412,72 @@ def test_opening_connects_to_nothing() -> None:
         backend.close()
 
 
-def test_tls(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificate")
     made = os.system(
-        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {tmp_path}/key.pem -out {tmp_path}/cert.pem -days 2 "
+        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {folder}/key.pem -out {folder}/cert.pem -days 2 "
         "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 2>/dev/null"
     )
     assert made == 0
+    return folder
+
+
+def tls_options(certificate: Path) -> dict[str, str]:
+    return {
+        "tls-cert-file": f"{certificate}/cert.pem",
+        "tls-key-file": f"{certificate}/key.pem",
+        "tls-ca-cert-file": f"{certificate}/cert.pem",
+        "tls-auth-clients": "no",
+        "tls-replication": "yes",
+    }
+
+
+def as_arguments(options: dict[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def check_tls(url: str, certificate: Path) -> None:
+    good = open_backend(
+        url.partition(":")[0], settings(url, ssl_ca_certs=f"{certificate}/cert.pem", part_bytes=PART, prefix="tls")
+    )
+    data = [value(i, 5 * PART + i) for i in range(4)]
+    good.write_many([key(i) for i in range(4)], [memoryview(piece) for piece in data])
+    assert read(good, [key(i) for i in range(4)]) == data
+    assert isinstance(good, Clearable)
+    good.clear()
+    good.close()
+    stranger = open_backend(url.partition(":")[0], settings(url))
+    with pytest.raises(BackendUnavailableError, match=r"certificate|No master found"):
+        stranger.contains_many([key(1)])
+    stranger.close()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_tls(tmp_path: Path, certificate: Path, scheme: str) -> None:
     port, plain = servers.free_ports(2)
-    args = ["--tls-port", str(port), "--tls-cert-file", f"{tmp_path}/cert.pem", "--tls-key-file", f"{tmp_path}/key.pem"]
-    with servers.RedisServer(
-        tmp_path, *args, "--tls-ca-cert-file", f"{tmp_path}/cert.pem", "--tls-auth-clients", "no", port=plain
+    with servers.RedisServer(tmp_path, "--tls-port", str(port), *as_arguments(tls_options(certificate)), port=plain):
+        check_tls(f"{scheme}://127.0.0.1:{port}", certificate)
+
+
+def test_tls_to_sentinels_and_their_master(tmp_path: Path, certificate: Path) -> None:
+    port, plain, watching, watching_plain = servers.free_ports(4)
+    options = tls_options(certificate)
+    config = tmp_path / "sentinel.conf"
+    lines = [f"{name} {value}" for name, value in options.items()]
+    config.write_text("\n".join([f"sentinel monitor mymaster 127.0.0.1 {port} 1", f"tls-port {watching}", *lines, ""]))
+    with (
+        servers.RedisServer(tmp_path, "--tls-port", str(port), *as_arguments(options), port=plain),
+        servers.RedisServer(tmp_path, str(config), port=watching_plain, sentinel=True) as sentinel,
     ):
-        good = open_backend(
-            "rediss", settings(f"rediss://127.0.0.1:{port}", ssl_ca_certs=f"{tmp_path}/cert.pem", part_bytes=PART)
-        )
-        data = [value(i, 5 * PART + i) for i in range(4)]
-        good.write_many([key(i) for i in range(4)], [memoryview(piece) for piece in data])
-        assert read(good, [key(i) for i in range(4)]) == data
-        good.close()
-        stranger = open_backend("rediss", settings(f"rediss://127.0.0.1:{port}"))
-        with pytest.raises(BackendUnavailableError, match="certificate"):
-            stranger.contains_many([key(1)])
-        stranger.close()
+        servers.until(lambda: sentinel.client().sentinel_master("mymaster")["flags"] == "master")
+        check_tls(f"rediss-sentinel://127.0.0.1:{watching}", certificate)
+
+
+def test_tls_to_a_cluster(tmp_path: Path, certificate: Path) -> None:
+    port, plain, bus = servers.free_ports(3)
+    options = {**tls_options(certificate), "tls-cluster": "yes", "cluster-enabled": "yes", "cluster-port": str(bus)}
+    with servers.RedisServer(tmp_path, "--tls-port", str(port), *as_arguments(options), port=plain) as node:
+        node.client().execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        servers.until(lambda: node.client().cluster("info")["cluster_state"] == "ok")
+        check_tls(f"rediss-cluster://127.0.0.1:{port}", certificate)

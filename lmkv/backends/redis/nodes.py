@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ __all__ = ["Nodes", "open_nodes"]
 
 #: How long a node that did not answer is left alone: at first, and at most.
 _FIRST_REST, _LONGEST_REST = 0.25, 4.0
+#: In words about sentinels the library describes its whole client before what is wrong with it.
+_DESCRIBED_CLIENT = re.compile(r"<redis\.client\.Redis\(.*?\)> - ")
 #: A cluster's map is not fetched more often than this.
 _REFRESH_SECONDS = 0.5
 
@@ -91,6 +94,7 @@ def _pool(redis: Any, target: RedisTarget, limits: dict[str, Any]) -> Any:
         }
         if target.tls:
             each["ssl"] = common["ssl"] = True
+            each.update({name: value for name, value in target.login.items() if name.startswith("ssl_")})
         sentinels = redis.sentinel.Sentinel(target.nodes, sentinel_kwargs={**each, **target.sentinel_login})
         return redis.sentinel.SentinelConnectionPool(target.master, sentinels, **common)
     if target.path:
@@ -107,7 +111,8 @@ def _wire_of(pool: Any, until: float, redis: Any) -> Iterator[Wire]:
     try:
         connection = pool.get_connection()
     except (redis.RedisError, OSError) as error:
-        raise BackendUnavailableError(f"no connection: {type(error).__name__}: {error}") from None
+        text = _DESCRIBED_CLIENT.sub("", str(error))
+        raise BackendUnavailableError(f"no connection: {type(error).__name__}: {text}") from None
     try:
         wire = Wire(connection._sock, until)
         try:
