@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,39 @@ def test_many_values_at_once(backend: Backend, server: servers.RedisServer, requ
     asked = [key(i) for i in (50, *range(40), 51)]
     for _ in range(2):
         assert read(backend, asked) == [None, *expected, None]
+
+
+def test_many_values_replace_others(backend: Backend, server: servers.RedisServer, request: pytest.FixtureRequest) -> None:
+    keys = [key(i) for i in range(8)]
+    for turn in range(3):
+        data = [value(10 * turn + i, (i % 4) * PART + turn) for i in range(8)]
+        backend.write_many(keys, [memoryview(each) for each in data])
+        assert read(backend, keys) == data
+        assert len(names(server, request.node.name)) == sum(max(1, -(-len(each) // PART)) for each in data), (
+            "old parts are gone"
+        )
+
+
+def test_a_user_who_may_do_what_the_manual_lists(server: servers.RedisServer, request: pytest.FixtureRequest) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
+    listed = re.search(r"\*\*Commands used\*\*: ([A-Z, ]+) and SCAN", manual)
+    assert listed
+    allowed = [f"+{word.strip().lower()}" for word in listed[1].split(",") if word.strip()]
+    admin, name = server.client(), f"only-{request.node.name}"
+    admin.execute_command("ACL", "SETUSER", name, "on", ">pw", f"~{name}:*", "-@all", "+scan", *allowed)
+    for options in ({}, {"ttl_seconds": 60}):
+        one = open_backend("redis", settings(server.url, username=name, password="pw", prefix=name, part_bytes=PART, **options))
+        data = [value(i, i * PART) for i in range(4)]
+        for _ in range(2):
+            one.write_many([key(i) for i in range(4)], [memoryview(each) for each in data])
+        assert read(one, [key(i) for i in range(5)]) == [*data, None]
+        assert one.contains_many([key(3), key(4)]) == [True, False]
+        one.delete_many([key(3)])
+        assert isinstance(one, Clearable)
+        one.clear()
+        assert names(server, name) == []
+        one.close()
+    admin.execute_command("ACL", "DELUSER", name)
 
 
 def test_a_write_that_is_cut_off_leaves_nothing(server: servers.RedisServer, request: pytest.FixtureRequest) -> None:

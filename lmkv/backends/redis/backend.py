@@ -323,14 +323,24 @@ class RedisBackend:
             raise
 
     def _send(self, wire: Wire, indices: list[int], names: Sequence[bytes], data: Sequence[memoryview]) -> None:
-        """A transaction a value; each is confirmed once the next one has been sent."""
+        """A transaction a value; each is confirmed once the next one has been sent. Then what was replaced is dropped."""
         sent: deque[tuple[bytes, list[bytes]]] = deque()
+        failed: ErrorReply | None = None
+        unused: list[list[bytes]] = []
         for i in indices:
             sent.append((names[i], self._send_one(wire, names[i], data[i])))
             if len(sent) > 1:
-                self._confirm(wire, *sent.popleft())
+                failed = self._confirm(wire, *sent.popleft(), unused)
+                if failed is not None:
+                    break
         while sent:
-            self._confirm(wire, *sent.popleft())
+            failed = self._confirm(wire, *sent.popleft(), unused) or failed
+        if unused:
+            wire.send(b"".join(command(b"UNLINK", *names_of_one) for names_of_one in unused))
+            wire.statuses(len(unused))
+        if failed is not None:
+            self._told(failed)
+            raise BackendUnavailableError(f"the server says: {failed}")
 
     def _send_one(self, wire: Wire, name: bytes, data: memoryview) -> list[bytes]:
         """Send a value; the names of its further parts.
@@ -350,28 +360,19 @@ class RedisBackend:
         wire.send(b"\r\n" + command(b"EXEC"))
         return parts
 
-    def _confirm(self, wire: Wire, name: bytes, parts: list[bytes]) -> None:
-        """Receive what became of a value that was sent; drop the parts of the one that it replaced."""
+    def _confirm(self, wire: Wire, name: bytes, parts: list[bytes], unused: list[list[bytes]]) -> ErrorReply | None:
+        """Receive what became of a value that was sent; adds to ``unused`` the parts of the one that it replaced."""
         failed = self._first_error(wire.statuses(3 + len(parts)))  # of MULTI, and of each command whether it was taken in
         done = wire.array()
         if isinstance(done, ErrorReply):
-            failed = failed or ErrorReply(done.rpartition("because of: ")[2])
-        elif done != 2 + len(parts):
+            return failed or ErrorReply(done.rpartition("because of: ")[2])
+        if done != 2 + len(parts):
             raise WireError(f"expected {2 + len(parts)} results of a transaction; got {done}")
-        else:
-            replaced = self._old_parts(wire, name)
-            failed = self._first_error(wire.statuses(1 + len(parts)))
-            self._unlink_all(wire, replaced if failed is None else [name, *parts])
-        if failed is not None:
-            self._told(failed)
-            raise BackendUnavailableError(f"the server says: {failed}")
-
-    @staticmethod
-    def _unlink_all(wire: Wire, names: Sequence[bytes]) -> None:
-        """Drop keys of one slot."""
-        if names:
-            wire.send(command(b"UNLINK", *names))
-            wire.status()
+        replaced = self._old_parts(wire, name)
+        failed = self._first_error(wire.statuses(1 + len(parts)))
+        gone = replaced if failed is None else [name, *parts]
+        unused += [gone] if gone else []
+        return failed
 
     def _old_parts(self, wire: Wire, name: bytes) -> list[bytes]:
         """The names of parts of which a GETRANGE of a head, asked before, speaks."""
