@@ -1,8 +1,9 @@
-"""Failed loads of models with sliding windows or several KV cache groups: their requests begin again.
+"""Failed loads where vLLM would go on from the first block that was not filled and must not: their requests begin again.
 
-vLLM recomputes a request from the first block that was not filled, which is right where every token attends to all before it
-and there is one block table. A window's earlier blocks were never loaded, so that a request can't go on from its first unfilled
-one, and for several groups vLLM raises an error. Here such requests give their blocks back, as preempted ones do.
+That is right where every token attends to all before it, there is one block table and no further step is under way. A window's
+earlier blocks were never loaded; for several groups vLLM raises an error; with asynchronous scheduling the answer of the step
+that was begun meanwhile, on blocks that were not filled, would be taken. Such requests give their blocks back, as preempted
+ones do.
 """
 
 from __future__ import annotations
@@ -101,10 +102,12 @@ def _preempt(scheduler: Any, request: Any) -> str:
         scheduler._preempt_request(request, now, drop_stale_output=True)
         return name
     scheduler._preempt_request(request, now)
-    if not scheduler.scheduler_config.async_scheduling or not hasattr(request, "async_tokens_to_discard"):
-        return name
-    # an older vLLM drops as many outputs as it is told, that of this step among them; drafts count as place-holders, too
     steps = getattr(scheduler.vllm_config, "max_concurrent_batches", 2)
+    if steps == 1:
+        return name
+    if not scheduler.scheduler_config.async_scheduling or not hasattr(request, "async_tokens_to_discard"):
+        raise RuntimeError(f"expected a vLLM that can drop an answer under way: a load of request {name} failed; restart it")
+    # an older vLLM drops as many outputs as it is told, that of this step among them; drafts count as place-holders, too
     request.async_tokens_to_discard = min(request.num_output_placeholders, steps)
     request.num_output_placeholders = 0
     return ""

@@ -443,7 +443,7 @@ class SchedulerHalf:
     def spoilt(self, invalid: set[int]) -> tuple[set[str], set[int]] | None:
         """Requests to begin again, and the blocks that could not be filled for them; ``None``: vLLM does what is right."""
         windows = next(iter(self._shards.values())).windows
-        if len(windows) == 1 and not any(windows):
+        if len(windows) == 1 and not any(windows) and not self._vllm_config.scheduler_config.async_scheduling:
             return None
         caching = bool(self._vllm_config.cache_config.enable_prefix_caching)
         return spoilt_requests(invalid, self._copies.values(), self._requests.values(), caching=caching)
