@@ -86,6 +86,13 @@ class Load:
         if self._copy is not None and not self._ended:
             self._copy.wait_layer(layer, stream)
 
+    def arrived(self) -> bool:
+        """Whether :meth:`finish` need not wait. Does not block."""
+        try:
+            return self._ended or self._copy is None or self._copy.done()
+        except LMKVError:
+            return True  # which finish() says
+
     def finish(self) -> bool:
         """Wait for all of it and let the chunks go; whether every byte arrived from chunks that were held throughout."""
         if not self._ended:
@@ -260,13 +267,23 @@ class PageStore:
         """Bring what was found into RAM and hold it; see :meth:`lmkv.Store.lease`. May wait for a slow tier's deadline."""
         return self.store.lease(match)
 
-    def load(self, lease: Lease, slots: Any, *, first: int = 0, stream: int | None = None, layerwise: bool = False) -> Load:
+    def load(
+        self,
+        lease: Lease,
+        slots: Any,
+        *,
+        first: int = 0,
+        stream: int | None = None,
+        layerwise: bool = False,
+        quick_pass: bool = False,
+    ) -> Load:
         """Begin to copy leased tokens, from position ``first`` on, into ``slots``, one for each; takes the lease over.
 
         Args:
             slots: int64 tensor, array or list of SGLang's slot numbers.
             stream: on a GPU: the copy begins behind what is in this stream (torch's current one by default).
             layerwise: on a GPU: bring the first layers first, for :meth:`Load.wait_layer`.
+            quick_pass: as for :meth:`lmkv.transfer.CopyEngine.scatter`.
         """
         numbers = slot_numbers(slots)
         n, at = self.split, first * self.split
@@ -280,7 +297,9 @@ class PageStore:
             if at < s.start + s.tokens and s.start < stop
         ]
         try:
-            copy = self._engine.scatter(parts, [self._blocks(numbers)], stream=stream, layerwise=layerwise)
+            copy = self._engine.scatter(
+                parts, [self._blocks(numbers)], stream=stream, layerwise=layerwise, quick_pass=quick_pass
+            )
         except LMKVError as error:
             lease.release()
             return Load(lease, None, 0, f"{type(error).__name__}: {error}")

@@ -21,6 +21,7 @@ from . import telling
 from .identity import Rank, identified
 from .keeping import Order
 from .pages import PageStore
+from .passes import LayerWaits
 from .pools import device_pool
 from .refusals import refusal
 from .settings import Settings, asked_for, read_settings
@@ -124,7 +125,8 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
         telling.logger.warning("LMKV: updates of weights can't be seen in this SGLang: a flush forgets what is kept")
     queued = bool(pages.store.config.slow_tiers("")) and _queue_asks()
     order = Order(pages.device, getattr(getattr(context.tp_worker, "model_runner", None), "forward_stream", None))
-    reuse = TokenReuse(pages, agree, told, queued=queued, order=order)
+    waits = _layer_waits(params.token_to_kv_pool_allocator.get_kvcache(), pages, settings, arguments)
+    reuse = TokenReuse(pages, agree, told, queued=queued, order=order, waits=waits)
     least = settings.min_load_tokens
     tree = LMKVRadixCache(params, reuse, min_load_tokens=least, forgets_on_flush=not sees_weights)
     layout, ranks = pages.store.layout, "one rank" if rank.tp_size == 1 else f"one of {rank.tp_size} ranks"
@@ -138,6 +140,18 @@ def _open_pages(allocator: Any, settings: Settings, arguments: Any, rank: Rank, 
     pool = device_pool(allocator.get_kvcache())
     config, extra = identified(settings.store, arguments, rank, latent=pool.latent)
     return PageStore(config, extra, pool, on_event=told.event)
+
+
+def _layer_waits(kvcache: Any, pages: PageStore, settings: Settings, arguments: Any) -> LayerWaits | None:
+    """What forward passes wait on layer by layer, if they can: a pass that is one CUDA graph asks for no layer."""
+    graphs = getattr(getattr(arguments, "cuda_graph_config", None), "prefill", None)
+    backend = getattr(graphs, "backend", None)
+    whole = str(getattr(backend, "value", backend)) == "full"
+    if not pages.on_gpu or not settings.layerwise or whole or not hasattr(kvcache, "register_layer_transfer_counter"):
+        return None
+    waits = LayerWaits()
+    kvcache.register_layer_transfer_counter(waits)
+    return waits
 
 
 class _Knows:

@@ -1,7 +1,8 @@
 """SGLang's tree of prefixes on the device with LMKV behind it, for versions whose tree knows no external store.
 
 A request's hit is what the tree has on the device plus what LMKV has beyond that, up to a token (a page, where pages are
-larger). The scheduler learns both numbers when it matches a request, and has the second part loaded when it admits it. A
+larger). The scheduler learns both numbers when it matches a request, and has the second part loaded when it admits it; on a GPU
+the forward pass waits for that layer by layer, and pages that are still being written are waited for before others get them. A
 finished request's KV is stored once the tree has taken its pages over, beside what SGLang goes on to do: pages that are
 still being copied are waited for before the tree gives them away. No lock of the tree's is taken for that, since the ranks of a
 model have to evict alike, and their copies do not end at the same time.
@@ -82,8 +83,10 @@ class LMKVRadixCache(RadixCache):
         slots = allocator.alloc(wanted)
         if slots is None:
             return nothing, node
-        came = self.lmkv.load(request, slots, held) // self.page_size * self.page_size
+        quick = len(_text(request)) - held - wanted < wanted // 4
+        came = self.lmkv.load(request, slots, held, quick_pass=quick) // self.page_size * self.page_size
         if came < wanted:
+            self.lmkv.settle()
             allocator.free(slots[came:])
         if not came:
             return nothing, node
@@ -93,6 +96,7 @@ class LMKVRadixCache(RadixCache):
         priority = getattr(request, "priority", 0) or 0
         known = self.insert(InsertParams(key=key, value=value, priority=priority)).prefix_len
         if known > held:  # somebody hung the same tokens in meanwhile: theirs stay
+            self.lmkv.settle()
             allocator.free(slots[: known - held])
         match = super().match_prefix(MatchPrefixParams(key=RadixKey(tokens, request.extra_key)))
         request.host_hit_length = came
@@ -100,6 +104,7 @@ class LMKVRadixCache(RadixCache):
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         """Have the tree take the request's pages over, and begin to store what is in them."""
+        self.lmkv.settle(all_=False)
         tokens = _text(req)[:kv_len_to_handle]
         keeps = is_insert and not self.disable
         if keeps and self.disable_finished_insert:
@@ -118,14 +123,26 @@ class LMKVRadixCache(RadixCache):
                 self._kept.setdefault(held.last_device_node, []).append(kept)
         self.lmkv.forget(req.rid)
 
+    def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
+        """See SGLang's tree; a forward pass has ended, and with it the loads that it waited for."""
+        self.lmkv.settle(all_=False)
+        super().cache_unfinished_req(req, chunked=chunked)
+
+    def evictable_size(self) -> int:
+        """See SGLang's tree; asked in each round of the scheduler, so loads that have arrived are let go soon."""
+        self.lmkv.settle(all_=False)
+        return super().evictable_size()
+
     def _delete_leaf(self, node: Any) -> None:
         """A leaf's pages are given away: wait for what is being kept of them. What ends in a node has its pages up to there."""
+        self.lmkv.settle()
         for kept in self._kept.pop(node, ()):
             kept.result()
         super()._delete_leaf(node)
 
     def _settle(self) -> None:
-        """Wait for all that is being kept."""
+        """Wait for all that is being loaded and kept."""
+        self.lmkv.settle()
         kept, self._kept = self._kept, {}
         for all_ in kept.values():
             for each in all_:

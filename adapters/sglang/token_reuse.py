@@ -14,6 +14,7 @@ from ...errors import LMKVError
 from ...handles import Match
 from .keeping import Keeper, Order
 from .pages import PageStore, Text
+from .passes import LayerWaits
 from .telling import Telling
 
 __all__ = ["TokenReuse", "unserved"]
@@ -56,7 +57,7 @@ def unserved(request: Any) -> str:
 
 
 class TokenReuse:
-    """One rank's store, asked by a prefix tree, on the scheduler's thread. Loads are done when they return, stores are not.
+    """One rank's store, asked by a prefix tree, on the scheduler's thread. Stores are not done when they return.
 
     The ranks of a model ask the same in the same order, and every answer is agreed upon. So nothing that one rank alone
     knows (its tiers, the time) may decide whether they come to agree, only what they agree upon.
@@ -68,6 +69,7 @@ class TokenReuse:
         queued: SGLang asks :meth:`ready` before a request's turn, so that slow tiers keep nobody else waiting.
         wait_seconds: if not, how long a lookup waits for remote tiers, once a request.
         order: of copies on the device.
+        waits: what forward passes wait on; without it loads are done when they return.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class TokenReuse:
         queued: bool = False,
         wait_seconds: float = 0.2,
         order: Order | None = None,
+        waits: LayerWaits | None = None,
     ) -> None:
         self.pages = pages
         self._agree = agree
@@ -86,6 +89,7 @@ class TokenReuse:
         self.queued = queued
         self._wait = wait_seconds
         self._order = order or Order()
+        self._waits = waits
         self._keeper = Keeper(pages, self._order, told)
         self._found: OrderedDict[str, _Found] = OrderedDict()
         self._begun: OrderedDict[str, Namespace] = OrderedDict()
@@ -163,24 +167,32 @@ class TokenReuse:
         tokens = self.pages.tokens(found.match)
         return min(tokens, found.coming.result()) if found.settled and found.coming is not None else tokens
 
-    def load(self, request: Any, slots: Any, start: int) -> int:
+    def load(self, request: Any, slots: Any, start: int, *, quick_pass: bool = False) -> int:
         """Bring tokens that :meth:`find` promised.
 
         Args:
-            slots: slot numbers for the tokens from ``start`` on.
+            slots: slot numbers for the tokens from ``start`` on. Nobody may write them before :meth:`settle` has returned,
+                but forward passes, once they have read them.
+            quick_pass: little is to be computed behind them.
 
         Returns:
-            How many of them every rank has now, from ``start`` on; what lies in the other slots is undefined.
+            How many of them every rank has for the next forward pass, from ``start`` on; what lies in the other slots is
+            undefined.
         """
         found = self._found.get(request.rid)
-        done = self._agree(self._load(request, found, slots, start))
+        done = self._agree(self._load(request, found, slots, start, quick_pass))
         self._told.add(hit_tokens=len(slots), loaded_tokens=done, loads=int(done > 0), load_failures=int(done < len(slots)))
         if found is not None:
             # what did not come is not promised to this request once more, or it would be asked for in each round
             self._remember(request, _Found(found.tokens, found.namespace, None, hit=start + done, settled=True))
         return done
 
-    def _load(self, request: Any, found: _Found | None, slots: Any, start: int) -> int:
+    def settle(self, *, all_: bool = True) -> None:
+        """Wait for the loads that are under way, or let those go that have arrived."""
+        if self._waits is not None:
+            self._waits.let_go(all_=all_)
+
+    def _load(self, request: Any, found: _Found | None, slots: Any, start: int, quick_pass: bool) -> int:
         if found is None or found.match is None or found.namespace != self._text(request, (0,)).namespace:
             return 0
         try:
@@ -191,7 +203,11 @@ class TokenReuse:
                 return 0
             stream = self._order.behind_everything()  # its pages were somebody's whose last step may still run
             handle = None if stream is None else int(stream.cuda_stream)
-            load = self.pages.load(lease, slots[:count], first=start, stream=handle)
+            by_layers = self._waits is not None
+            load = self.pages.load(lease, slots[:count], first=start, stream=handle, layerwise=by_layers, quick_pass=quick_pass)
+            if self._waits is not None and not load.error:
+                self._waits.add(load)
+                return count
             if load.finish():
                 return count
             self._told.trouble("a load failed", load.error)
@@ -222,6 +238,7 @@ class TokenReuse:
 
     def close(self) -> None:
         """Wait for what is being kept, write what waits for the slow tiers, and release everything."""
+        self.settle()
         self._keeper.close()
         self.pages.close()
 

@@ -1,16 +1,16 @@
 """Loaded KV against computed KV under SGLang on whatever device there is: ``python tests/gpu/sglang_correct.py``.
 
-Each case (way in, page size, CUDA graphs or none, overlap schedule or none) is an engine in a process of its own, on a small
-saved model with random weights whose outputs react to the KV of every position. Ways in: ``radix`` is ``--enable-lmcache`` of
-SGLang 0.5.17, ``layer_first`` and ``page_first`` are HiCache with those host pools and LMKV as its storage. Prompts are
-computed (cold), read from SGLang's own tree (local) and, once that is flushed, from LMKV (loaded). Where the number of tokens
-to compute behind the hit is the same, the model runs in the same shape on the same bits, so on a GPU local and loaded must
-agree exactly (a CPU's sums depend on where a tensor begins in memory); cold and loaded must have equal greedy tokens and
-log-probabilities within a tolerance. The same is asked of generated tokens, the last of which are computed while their request
-ends. Then single positions are corrupted in the slots, which must be seen. Last, more known prompts than SGLang has room for
-come at once, again and again, and end at different times, so that pages are given from one to the next while steps run. A case
-with a restart starts a second engine on the first one's disk directory. One JSON object a line: the case, what was found,
-``ok``. Exit status 1 if a case failed.
+Each case (way in, page size, CUDA graphs or none, overlap schedule or none, loads by layers or not) is an engine in a process
+of its own, on a small saved model with random weights whose outputs react to the KV of every position. Ways in: ``radix`` is
+``--enable-lmcache`` of SGLang 0.5.17, ``layer_first`` and ``page_first`` are HiCache with those host pools and LMKV as its
+storage. Prompts are computed (cold), read from SGLang's own tree (local) and, once that is flushed, from LMKV (loaded). Where
+the number of tokens to compute behind the hit is the same, the model runs in the same shape on the same bits, so on a GPU local
+and loaded must agree exactly (a CPU's sums depend on where a tensor begins in memory); cold and loaded must have equal greedy
+tokens and log-probabilities within a tolerance. The same is asked of generated tokens, the last of which are computed while
+their request ends. Then single positions are corrupted in the slots, which must be seen. Last, more known prompts than SGLang
+has room for come at once, again and again, and end at different times, so that pages are given from one to the next while steps
+run. A case with a restart starts a second engine on the first one's disk directory. One JSON object a line: the case, what was
+found, ``ok``. Exit status 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pages", default="1,16,64")
     parser.add_argument("--graphs", default="off,on")
     parser.add_argument("--overlaps", default="off,on")
+    parser.add_argument("--layers", default="off,on", help="radix: whether forward passes wait for loads layer by layer")
     parser.add_argument("--kind", default="qwen3", help="llama or qwen3")
     parser.add_argument("--all", action="store_true", help="every combination instead of a choice that covers each value")
     parser.add_argument("--tokens", type=int, default=16384, help="of SGLang's KV memory")
@@ -66,18 +67,21 @@ def arguments() -> argparse.Namespace:
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The cases of a call."""
-    pages, graphs, overlaps = args.pages.split(","), args.graphs.split(","), args.overlaps.split(",")
+    named = ("page", "overlap", "graph", "layers")
     found: list[dict[str, Any]] = []
     for door in args.doors.split(","):
-        mine = [page for page in pages if door not in HOSTED or page != "1"] or pages
-        every = list(itertools.product(mine, graphs, overlaps))
-        if not args.all:
-            # each page size with each schedule, graphs in turn
-            every = [(page, graphs[(i + j) % len(graphs)], o) for i, page in enumerate(mine) for j, o in enumerate(overlaps)]
-        if door in HOSTED and not args.all:
-            every = every[-len(overlaps) :]
-        for number, (page, graph, overlap) in enumerate(every):
-            found.append({"door": door, "page": page, "graph": graph, "overlap": overlap, "restart": number == len(every) - 1})
+        pages = [page for page in args.pages.split(",") if door not in HOSTED or page != "1"] or ["1"]
+        ways = list(itertools.product(args.graphs.split(","), args.layers.split(",") if door not in HOSTED else ["off"]))
+        basic = list(itertools.product(pages, args.overlaps.split(",")))
+        # each page size with each schedule, the others in turn, and what SGLang does by default
+        mine = [(*one, *ways[(k + k // 2 + (door in HOSTED)) % len(ways)]) for k, one in enumerate(basic)]
+        mine = mine[-2:] if door in HOSTED else [*mine, (*basic[0][:1], *basic[-1][1:], *ways[-1])]
+        if args.all:
+            mine = [(*one, *way) for one in basic for way in ways]
+        found += [
+            {"door": door, **dict(zip(named, values, strict=True)), "restart": values[:2] == basic[-1]}
+            for values in dict.fromkeys(mine)
+        ]
     return found
 
 
@@ -111,7 +115,7 @@ def settings_of(case: dict[str, Any], args: argparse.Namespace, folder: Path) ->
     if case["graph"] == "on":
         settings |= {"cuda_graph_bs_decode": [1, 2, 4, 8], "cuda_graph_bs_prefill": [4, 16, 64, 256]}
     if case["door"] == "radix":
-        os.environ["LMKV_SGLANG"] = "1"
+        os.environ.update(LMKV_SGLANG="1", LMCACHE_USE_LAYERWISE=str(case["layers"] == "on"))
         os.environ.update({f"LMKV_{name.upper()}": value for name, value in store.items()})
         return settings | {"enable_lmcache": True}
     extra = {"backend_name": "lmkv", "module_path": "lmkv.adapters.sglang.hicache", "class_name": "LMKVHiCacheStorage"}

@@ -4,9 +4,10 @@ Each mode runs in a process of its own, one after the other, on a model of the g
 prompts; nothing is fetched. One JSON object a line: name, value, unit, reference, ratio. The reference is mode ``none`` of the
 same call where it ran, ratio = value / reference. With ``--log FOLDER`` each process's output is kept there.
 
-Modes: ``none``; ``lmkv`` behind ``--enable-lmcache``; ``hicache``, SGLang's tier in host memory alone, on a device pool too
-small for all prompts, since a flush would empty that tier; ``hicache-lmkv`` and ``hicache-file``, HiCache with LMKV or with
-SGLang's files as its storage. Between rounds SGLang's tree (and its host memory) is flushed, but for ``hicache``.
+Modes: ``none``; ``lmkv`` behind ``--enable-lmcache``, ``lmkv-whole`` the same with ``use_layerwise`` off; ``hicache``, SGLang's
+tier in host memory alone, on a device pool too small for all prompts, since a flush would empty that tier; ``hicache-lmkv`` and
+``hicache-file``, HiCache with LMKV or with SGLang's files as its storage. Between rounds SGLang's tree (and its host memory) is
+flushed, but for ``hicache``.
 
 Tests: ``seq`` (prompts one by one, cold, twice again, and, without a flush, once more from the device), ``batch`` (all at once,
 cold and again).
@@ -58,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 BEGUN = time.monotonic()
-MODES = ("none", "lmkv", "hicache", "hicache-lmkv", "hicache-file")
+MODES = ("none", "lmkv", "lmkv-whole", "hicache", "hicache-lmkv", "hicache-file")
 
 
 def say(name: str, value: float, unit: str, **more: object) -> None:
@@ -95,8 +96,8 @@ def cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     size = str(int(args.cpu_gib * (1 << 30)))
     if args.child == "none":
         return {}
-    if args.child == "lmkv":
-        os.environ.update(LMKV_SGLANG="1", LMKV_RAM_CAPACITY=size)
+    if args.child in ("lmkv", "lmkv-whole"):
+        os.environ.update(LMKV_SGLANG="1", LMKV_RAM_CAPACITY=size, LMCACHE_USE_LAYERWISE=str(args.child == "lmkv"))
         os.environ.update({f"LMKV_{name.upper()}": str(value) for name, value in json.loads(args.extra).items()})
         return {"enable_lmcache": True}
     settings: dict[str, Any] = {

@@ -21,6 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lmkv import KVLayout, StoreConfig
 from lmkv.adapters.sglang.pages import PageStore
+from lmkv.adapters.sglang.passes import LayerWaits
 from lmkv.adapters.sglang.pools import device_pool
 from lmkv.adapters.sglang.radix_tree import LMKVRadixCache
 from lmkv.adapters.sglang.telling import Telling
@@ -41,7 +42,7 @@ class Machine:
     Args:
         pool: device pool; of ``size`` tokens in pages of ``page_size``.
         config: the store's.
-        agree, queued: as for :class:`TokenReuse`.
+        agree, queued, waits: as for :class:`TokenReuse`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Machine:
         chunk_tokens: int = 16,
         agree: Any = int,
         queued: bool = False,
+        waits: LayerWaits | None = None,
         **settings: Any,
     ) -> None:
         self.pool, self.page_size = pool, page_size
@@ -62,7 +64,8 @@ class Machine:
         self.requests = ReqToTokenPool(16, 1024, device="cpu", enable_memory_saver=False)
         self.pages = PageStore(dataclasses.replace(config, chunk_size=chunk_tokens), "test", device_pool(pool))
         self.told = Telling()
-        self.reuse = TokenReuse(self.pages, agree, self.told, queued=queued)
+        self.reuse = TokenReuse(self.pages, agree, self.told, queued=queued, waits=waits)
+        self.waits = waits
         self.params = CacheInitParams(
             disable=False,
             req_to_token_pool=self.requests,
@@ -78,12 +81,16 @@ class Machine:
 
     # -- what the scheduler does -----------------------------------------------------------------------------------------
 
+    def ask(self, text: Sequence[int], *, extra_key: str | None = None, rid: str | None = None) -> Req:
+        """A request that has come."""
+        return Req(rid or str(len(self.taken)), "", array("q", text), SamplingParams(max_new_tokens=1), extra_key=extra_key)
+
     def admit(self, text: Sequence[int], *, extra_key: str | None = None, rid: str | None = None, **fields: Any) -> Req:
         """Match, load and "compute" a prompt; the request is then running.
 
         Sets ``cached`` on it: tokens from the tree, tokens from LMKV.
         """
-        request = Req(rid or str(len(self.taken)), "", array("q", text), SamplingParams(max_new_tokens=1), extra_key=extra_key)
+        request = self.ask(text, extra_key=extra_key, rid=rid)
         for name, value in fields.items():
             setattr(request, name, value)
         limit = len(text) - 1
@@ -110,8 +117,14 @@ class Machine:
         self.tree.inc_lock_ref(request.last_node)
         self.tree.dec_lock_ref(found.last_device_node)
         request.cached = (device, len(request.prefix_indices) - device)
-        self._verify(request, request.prefix_indices)
         self._compute(request, len(text))
+        if (
+            self.waits is not None
+        ):  # as a forward pass: it has written new tokens' KV of a layer before it waits for what it reads
+            for layer in range(3):
+                self.waits.wait_until(layer)
+        self._verify(request, request.prefix_indices)
+        self._verify(request, self.requests.req_to_token[request.req_pool_idx, : len(text)])
         return request
 
     def finish(self, request: Req, output: Sequence[int] = ()) -> None:

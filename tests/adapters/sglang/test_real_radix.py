@@ -15,14 +15,16 @@ import pytest
 import torch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import weight_updater
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 from sglang_tree import Machine, make_pool
 
 from lmkv import StoreConfig
 from lmkv.adapters.sglang import radix, weights
+from lmkv.adapters.sglang.passes import LayerWaits
 from lmkv.adapters.sglang.radix_tree import LMKVRadixCache
-from lmkv.errors import ConfigError
+from lmkv.errors import ConfigError, NativeError
 
 torch.set_num_threads(1)
 TEXT = list(range(3, 103))
@@ -138,11 +140,104 @@ def test_deterministic_serving_keeps_prompts_only(machine: Callable[..., Machine
     assert rank.run([*TEXT, 5, 6, 7, 8, 9]) == (0, 100)
 
 
+class Late:
+    """A copy that is made when it is waited for, by a forward pass or by the tree: until then its slots hold other bytes."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make: Callable[[], Any] | None = make
+        self.bytes = 0
+
+    def done(self) -> bool:
+        return self.make is None
+
+    def wait(self) -> None:
+        if self.make is not None:
+            self.make()
+            self.make = None
+
+    def wait_layer(self, layer: int, stream: int | None = None) -> None:
+        self.wait()
+
+
+def copy_late(rank: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of this rank do not arrive before they are waited for."""
+    scatter = rank.pages._engine.scatter
+    monkeypatch.setattr(rank.pages._engine, "scatter", lambda *args, **more: Late(lambda: scatter(*args, **more)))
+
+
+def test_what_is_still_being_loaded_is_waited_for(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = machine(size=128, waits=LayerWaits())
+    rank.run(TEXT)
+    rank.flush()
+    copy_late(rank, monkeypatch)
+    assert rank.run(TEXT) == (0, 99)  # verified by the machine behind the waits of a forward pass
+    rank.flush()
+    found = rank.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", TEXT[:99]), None), req=rank.ask(TEXT)))
+    assert found.host_hit_length == 99
+    request = rank.ask(TEXT)
+    request.prefix_indices = found.device_indices
+    rank.tree.init_load_back(
+        InitLoadBackParams(best_match_node=found.best_match_node, host_hit_length=found.host_hit_length, req=request)
+    )  # admitted, and then not run
+    assert rank.run([300 + i for i in range(90)]) == (0, 0)  # takes the pages; nothing may be written to them behind that
+    rank.flush()
+    assert rank.run([300 + i for i in range(90)]) == (0, 89)
+    rank.check_pages()
+
+
+def test_two_loads_of_one_text_leave_nothing_to_be_written_later(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = machine(size=256, waits=LayerWaits())
+    rank.run(TEXT)
+    rank.flush()
+    copy_late(rank, monkeypatch)
+    requests = [rank.ask(TEXT, rid=rid) for rid in ("one", "two")]
+    key = RadixKey(array("q", TEXT[:99]), None)
+    found = [rank.tree.match_prefix(MatchPrefixParams(key=key, req=request)) for request in requests]
+    for request, match in zip(requests, found, strict=True):  # matched in one round, before either was loaded
+        request.prefix_indices = match.device_indices
+        more, _ = rank.tree.init_load_back(
+            InitLoadBackParams(best_match_node=match.best_match_node, host_hit_length=match.host_hit_length, req=request)
+        )
+        assert len(more) == 99
+    request = rank.admit([300 + i for i in range(90)])  # takes pages that the second one gave back
+    rank.finish(request)
+    rank.check_pages()
+
+
+def test_a_load_that_fails_under_a_pass_ends_the_engine(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = machine(waits=LayerWaits())
+    rank.run(TEXT)
+    rank.flush()
+
+    def fails() -> None:
+        raise NativeError("the device")
+
+    late = Late(fails)
+    monkeypatch.setattr(late, "wait_layer", lambda *_: None)
+    monkeypatch.setattr(rank.pages._engine, "scatter", lambda *_, **__: late)
+    monkeypatch.setattr(rank, "_verify", lambda *_: None)
+    request = rank.admit(TEXT)
+    monkeypatch.setattr(late, "done", lambda: True)
+    with pytest.raises(NativeError, match="under the forward pass"):
+        rank.finish(request)
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("page", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_many_requests_at_once_in_little_memory(page: int, seed: int, machine: Callable[..., Machine]) -> None:
+def test_many_requests_at_once_in_little_memory(
+    page: int, seed: int, late: bool, machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(seed)
-    rank = machine("mha", page, size=512, store={"ram_capacity": "160KiB", "ram_extent": "160KiB"}, queued=seed > 0)
+    waits = LayerWaits() if late else None
+    little = {"ram_capacity": "160KiB", "ram_extent": "160KiB"}
+    rank = machine("mha", page, size=512, store=little, queued=seed > 0, waits=waits)
+    if late:
+        copy_late(rank, monkeypatch)
     texts = [[rng.randrange(3, 9) for _ in range(rng.randrange(2, 90))] for _ in range(6)]
     running: list[Any] = []
     loaded = held = 0
