@@ -5,6 +5,7 @@ What goes wrong in the backend ends here, as an event and a miss.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TypeVar
 from ..backends.base import AsksEach, Backend, Bounded, Clearable, Creating, LocalIndex, ReadOnly, Syncing
 from ..chunks import TOKEN_BYTES, ChunkKey
 from ..config import StoreConfig, TierConfig
-from ..errors import CapacityError, ConfigError, CorruptRecordError
+from ..errors import BackendError, CapacityError, ConfigError, CorruptRecordError
 from ..events import Emitter
 from ..eviction import make_policy
 from ..index import Node
@@ -220,7 +221,19 @@ class SlowTier:
         with self._counting:
             self.read_chunks += sum(done)
             self._moved["read"][0] += sum(size for size, good in zip(sizes, done, strict=True) if size and good)
+        lost = [chunk.key for chunk, size_read in zip(chunks, sizes, strict=True) if size_read is None]
+        if lost and not isinstance(self.backend, ReadOnly):
+            self._drop_unreadable(lost)
         return done
+
+    def _drop_unreadable(self, keys: Sequence[ChunkKey]) -> None:
+        """Remove what stands there though it can't be read, such as an encrypted record, larger than one in the clear: so
+        that it is written anew."""
+        with contextlib.suppress(BackendError):
+            there = self.backend.contains_many(keys)
+            unreadable = [key for key, held in zip(keys, there, strict=True) if held]
+            if unreadable:
+                self.delete(unreadable)
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
