@@ -337,6 +337,10 @@ def translate_environment(mapping: Mapping[str, object], environ: Mapping[str, s
     return _without_cache_nowhere(out)
 
 
+#: How LMCache is told which master to ask Sentinels for.
+SENTINEL_VARIABLE = "REDIS_SERVICE_NAME"
+
+
 def _environment_layer(environ: Mapping[str, str]) -> Translated:
     out = Translated()
     known = {PREFIX + key.upper(): key for key in ("chunk_size", *_TRANSLATED, *INERT, *ALIASES)}
@@ -344,6 +348,8 @@ def _environment_layer(environ: Mapping[str, str]) -> Translated:
         passed_over = variable in OTHER_VARIABLES or variable.startswith(OTHER_PREFIXES)
         if variable in known:
             out.update(_translate_layer({known[variable]: text}, variable))
+        elif variable == SENTINEL_VARIABLE:
+            out.remote.master = text.strip() or None
         elif variable.startswith(PREFIX) and not passed_over:
             near = difflib.get_close_matches(variable, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"

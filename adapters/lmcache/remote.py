@@ -37,6 +37,7 @@ _MOONCAKE_OPTIONS = {
         )
     },
     "mooncake_prefer_local_alloc": "prefer_local_alloc",
+    "prefer_local_alloc": "prefer_local_alloc",
     "save_chunk_meta": "",  # a record describes itself
     "use_exists_sync": "",  # existence is one call
     "transfer_timeout": "",  # becomes the tier's deadline
@@ -64,6 +65,7 @@ class Remote:
         url, serde, seconds: ``remote_url``, ``remote_serde`` and ``blocking_timeout_secs``.
         buffers: ``nixl_buffer_size`` and ``nixl_buffer_device``.
         extra: ``extra_config``; its keys belong to whatever the URL names.
+        master: the name that Sentinels know the master by, from ``REDIS_SERVICE_NAME``; the URL's own wins.
         names: field -> how it was written, for messages.
     """
 
@@ -72,6 +74,7 @@ class Remote:
     seconds: float | None = None
     buffers: dict[str, object] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
+    master: str | None = None
     names: dict[str, str] = field(default_factory=dict)
 
     def update(self, later: Remote) -> None:
@@ -81,6 +84,7 @@ class Remote:
         self.seconds = later.seconds if later.seconds is not None else self.seconds
         self.buffers.update(later.buffers)
         self.extra = later.extra or self.extra
+        self.master = later.master or self.master
         self.names.update(later.names)
 
 
@@ -120,6 +124,8 @@ def remote_tiers(remote: Remote, warn: Callable[[str], None]) -> list[dict[str, 
         else:
             warn(f"{where_extra}.{key} has no effect: LMKV has no use for it")
     if tier is not None:
+        if remote.master and "-sentinel://" in str(tier["url"]) and "master=" not in str(tier["url"]):
+            options["master"] = remote.master
         tier["options"] = options
     tiers = [found for found in (tier, nixl) if found is not None]
     for found in tiers:

@@ -8,6 +8,7 @@ same run, taken in turn with ours; ``ratio`` = value / reference, or its inverse
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import random
@@ -52,6 +53,13 @@ def against(name: str, times: dict[str, list[float]], size: int, limits: str) ->
     return row(name, ours, "GB/s", limit) | {"ratio": round(ratio, 3), "limit": best}
 
 
+def processors_against(name: str, spent: dict[str, list[float]], limits: str) -> Row:
+    """Processor time of ours beside the least of the calls whose names begin with ``limits``."""
+    best = min((name for name in spent if name.startswith(limits)), key=lambda name: statistics.median(spent[name]))
+    ours, limit = (1e3 * statistics.median(spent[each]) for each in ("ours", best))
+    return row(name, ours, "ms", limit, less_is_better=True) | {"limit": best}
+
+
 def in_turn(size: int, before: Callable[[], object] = lambda: None, **calls: Callable[[], object]) -> dict[str, float]:
     """Median GB/s of each call, the calls taking turns; ``before`` each of them is not timed."""
     times = times_in_turn(before, **calls)
@@ -60,18 +68,32 @@ def in_turn(size: int, before: Callable[[], object] = lambda: None, **calls: Cal
 
 def times_in_turn(before: Callable[[], object] = lambda: None, **calls: Callable[[], object]) -> dict[str, list[float]]:
     """Seconds of each call, round by round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    return measured_in_turn((time.perf_counter,), before, **calls)[0]
+
+
+def measured_in_turn(
+    clocks: Sequence[Callable[[], float]], before: Callable[[], object] = lambda: None, **calls: Callable[[], object]
+) -> list[dict[str, list[float]]]:
+    """What each call takes by each clock, round by round."""
+    times: list[dict[str, list[float]]] = [{name: [] for name in calls} for _ in clocks]
     names, order = list(calls), random.Random(1)
     for number in range(ROUNDS + 2):
         order.shuffle(names)  # each comes after each other one
         for name in names:
             call = calls[name]
             before()
-            begun = time.perf_counter()
+            begun = [clock() for clock in clocks]
             call()
-            if number >= 2:
-                times[name].append(time.perf_counter() - begun)
+            ended = [clock() for clock in clocks]
+            for of_clock, start, end in zip(times, begun, ended, strict=True):
+                of_clock[name] += [end - start] if number >= 2 else []
     return times
+
+
+def processor_seconds(pid: int) -> float:
+    """What this process and another one have had of the processors: steadier than time where others want them, too."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return time.process_time() + sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def key(number: int) -> ChunkKey:
@@ -199,7 +221,8 @@ def valkey_rates() -> Iterator[Row]:
 
 def rates_of(binary: str, kind: str, *args: str) -> Iterator[Row]:
     """Rows ``…_against_plain_client`` (of the same server), ``…_against_redis_py`` and, what no Redis can reach since nobody
-    keeps or looks for anything there, ``…_against_bare_process``."""
+    keeps or looks for anything there, ``…_against_bare_process``; ``…_processors_…`` is the processor time of client and
+    server together, in ms."""
     import redis
     import servers
 
@@ -207,6 +230,7 @@ def rates_of(binary: str, kind: str, *args: str) -> Iterator[Row]:
         client = redis.Redis(port=server.port, protocol=2)
         backend = open_backend("redis", BackendSettings("bench", LAYOUT, url=server.url, deadline_seconds=60))
         bare, plain = Loopback(), PlainClient(server.port)
+        clocks = (time.perf_counter, functools.partial(processor_seconds, server.pid))
         for megabytes in (8, 14):
             size = megabytes * MIB
             data, out = memoryview(np.random.default_rng(1).bytes(size)), memoryview(bytearray(size))
@@ -221,11 +245,13 @@ def rates_of(binary: str, kind: str, *args: str) -> Iterator[Row]:
                 backend.delete_many([key(1)])
 
             # redis-py in rounds of its own: its large values leave a server's memory in another state
-            times = times_in_turn(fresh, **sets)
+            times, spent = measured_in_turn(clocks, fresh, **sets)
             yield against(f"{kind}_set_{megabytes}mib_against_plain_client", times, size, "plain")
+            yield processors_against(f"{kind}_set_{megabytes}mib_processors_plain_client", spent, "plain")
             yield against(f"{kind}_set_{megabytes}mib_against_bare_process", times, size, "bare")
-            times = times_in_turn(fresh, **calls, peer=lambda whole=whole: client.set("peer", whole))
+            times, spent = measured_in_turn(clocks, fresh, **calls, peer=lambda whole=whole: client.set("peer", whole))
             yield against(f"{kind}_set_{megabytes}mib_against_redis_py", times, size, "peer")
+            yield processors_against(f"{kind}_set_{megabytes}mib_processors_redis_py", spent, "peer")
             fresh()
             backend.write_many([key(1)], [data])
             for part in PARTS:
@@ -241,12 +267,14 @@ def rates_of(binary: str, kind: str, *args: str) -> Iterator[Row]:
                 out[:] = bytes(size)
                 call()
                 assert name.startswith("bare") or out == data, name
-            times = times_in_turn(**gets)
+            times, spent = measured_in_turn(clocks, **gets)
             yield against(f"{kind}_get_{megabytes}mib_against_plain_client", times, size, "plain")
+            yield processors_against(f"{kind}_get_{megabytes}mib_processors_plain_client", spent, "plain")
             yield against(f"{kind}_get_{megabytes}mib_against_bare_process", times, size, "bare")
             client.set("peer", whole)
-            times = times_in_turn(**calls, peer=lambda: client.get("peer"))
+            times, spent = measured_in_turn(clocks, **calls, peer=lambda: client.get("peer"))
             yield against(f"{kind}_get_{megabytes}mib_against_redis_py", times, size, "peer")
+            yield processors_against(f"{kind}_get_{megabytes}mib_processors_redis_py", spent, "peer")
             fresh()
         bare.close()
         plain.close()

@@ -129,6 +129,26 @@ def test_infinistore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tier.options == {"link_type": "IB"}
 
 
+def test_a_master_of_another_name() -> None:
+    def master(url: str, environ: dict[str, str]) -> object:
+        (tier,) = load_config(environ=environ, overrides={"remote_url": url}).config.tiers
+        return tier.options.get("master")
+
+    named = {"REDIS_SERVICE_NAME": "other"}
+    assert master("redis-sentinel://a:26379,b:26379", named) == "other"
+    assert master("redis-sentinel://a:26379,b:26379", {}) is None
+    assert master("redis-sentinel://a:26379?master=third", named) is None, "the URL's own wins"
+    assert master("redis://a:6379", named) is None
+
+
+@pytest.mark.parametrize("name", ["mooncake_prefer_local_alloc", "prefer_local_alloc"])
+def test_both_names_of_the_local_allocation(name: str) -> None:
+    loaded = load_config(environ={}, overrides={"remote_url": "mooncakestore://m:50051", "extra_config": {name: True}})
+    (tier,) = loaded.config.tiers
+    assert tier.options == {"prefer_local_alloc": True}
+    assert not any(name in line for line in loaded.warnings)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
