@@ -1,4 +1,4 @@
-"""Values in a Redis: small ones under one key, larger ones in parts of 2 MiB, visible once all parts are there.
+"""Values in a Redis: small ones under one key, larger ones in parts of 1 MiB, visible once all parts are there.
 
 A value's *head* stands under ``<prefix>:{<chunk key in hex>}``: 32 bytes that say its size, how it is cut and which write it is
 of, followed by the first 508 KiB of the value, or all of it. What is beyond stands in parts under
@@ -6,9 +6,8 @@ of, followed by the first 508 KiB of the value, or all of it. What is beyond sta
 else writes at the time, and nothing is left of a write that ended halfway. A part that is gone (evicted, expired, lost with a
 node) makes the value absent. The braces put a value's keys on one node of a cluster.
 
-Parts are written whole and read in steps of 511 KiB, several of them under way: a server is quicker to take in large pieces,
-since it moves what came together with a command's first line once more, and quicker to give out small ones, which stay in a
-core's caches. All sizes are a little below a power of two, since servers' allocators round up to such sizes: 512 KiB take 640.
+Larger parts cost less time at both ends, smaller ones stay in a core's caches on their way (docs/benchmarks.md).
+All sizes are a little below a power of two, since servers' allocators round up to such sizes: 512 KiB take 640.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ _HEAD_RANGE = (b"0", b"%d" % (_HEAD.size - 1))
 #: What of a value stands behind its head at most; a part's bytes where they are fewer.
 _FIRST = 508 * 1024
 _MOST_BYTES = 2**36
-#: What is read of a part at once.
-_STEP = 511 * 1024
 #: So many replies are always under way, and more as long as they are of no more bytes in all: a server that waits for the next
 #: question, or we for the next answer, costs more than what it keeps ready.
-_LEAST_ASKED, _MOST_ASKED_BYTES = 2, 4 * _STEP
+_LEAST_ASKED, _MOST_ASKED_BYTES = 2, 2 * 1024**2
 #: A reply of which more is expected is received to where it belongs from its first bytes on.
 _LARGE = 8 * 1024
 #: How long a server that was full is not asked again.
@@ -252,25 +249,14 @@ class RedisBackend:
                 there, head = self._receive_head(wire, ask, out[i])
                 if head is not None:
                     sizes[i] = head.size
-                    wanted.extendleft(reversed(self._steps(i, names[i], head)))
+                    parts = [(self._part(names[i], head.write, number), begin, end) for number, begin, end in head.parts()]
+                    wanted.extendleft(_Ask(i, begin, end, False, command(b"GET", part)) for part, begin, end in reversed(parts))
                 elif there:
                     broken.add(i)
-            elif not self._receive_step(wire, ask, out[i]):
+            elif not self._receive_part(wire, ask, out[i]):
                 sizes[i] = None
                 broken.add(i)
                 wanted = deque(other for other in wanted if other.value != i)
-
-    def _steps(self, index: int, name: bytes, head: _Head) -> list[_Ask]:
-        """How to ask for what is not behind the head. Of a part's last step one byte more is asked, which must not be there."""
-        steps = []
-        for number, begin, end in head.parts():
-            part = self._part(name, head.write, number)
-            for at in range(begin, end, _STEP):
-                until = min(at + _STEP, end)
-                last = until - begin if until == end else until - begin - 1
-                request = command(b"GETRANGE", part, b"%d" % (at - begin), b"%d" % last)
-                steps.append(_Ask(index, at, until, False, request))
-        return steps
 
     def _receive_head(self, wire: Wire, ask: _Ask, out: memoryview) -> tuple[bool, _Head | None]:
         """Whether something damaged or foreign stands there; the head of a value that fits, whose first part was received."""
@@ -291,8 +277,8 @@ class RedisBackend:
         wire.end()
         return not whole, None
 
-    def _receive_step(self, wire: Wire, ask: _Ask, out: memoryview) -> bool:
-        """Whether what is asked of a part came."""
+    def _receive_part(self, wire: Wire, ask: _Ask, out: memoryview) -> bool:
+        """Whether a part came as its head says."""
         size = wire.size(ask.end - ask.begin > _LARGE)
         if isinstance(size, ErrorReply):
             self._told(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import threading
@@ -105,27 +106,78 @@ def _pool(redis: Any, target: RedisTarget, limits: dict[str, Any]) -> Any:
     return redis.connection.ConnectionPool(connection_class=kind, host=host, port=port, **common)
 
 
-@contextlib.contextmanager
-def _wire_of(pool: Any, until: float, redis: Any) -> Iterator[Wire]:
-    """A connection of a pool, as a wire."""
-    try:
-        connection = pool.get_connection()
-    except (redis.RedisError, OSError) as error:
-        text = _DESCRIBED_CLIENT.sub("", str(error))
-        raise BackendUnavailableError(f"no connection: {type(error).__name__}: {text}") from None
-    try:
-        wire = Wire(connection._sock, until)
+class _Connections:
+    """Connections of a pool, kept between calls: the library's bookkeeping for each would take as long as a megabyte does."""
+
+    def __init__(self, pool: Any, redis: Any) -> None:
+        self.pool = pool
+        self._redis = redis
+        self._lock = threading.Lock()
+        self._idle: list[tuple[Any, Wire]] = []
+        self._closed = False
+
+    @contextlib.contextmanager
+    def wire(self, until: float) -> Iterator[Wire]:
+        """A connection at rest, as a wire. Where the block fails it is dropped, and with it those that may have the same fault.
+
+        Raises:
+            BackendUnavailableError: no connection, or the wire failed.
+        """
+        connection, wire = self._kept() or self._new()
+        wire.allow(until)
         try:
             yield wire
-            wire.rest()
-        except BaseException:
-            connection.disconnect()
+            wire.finish()
+        except BaseException as error:
+            self._discard(connection)
+            self.drop()
+            if isinstance(error, WireError):
+                raise BackendUnavailableError(str(error)) from None
             raise
-    except WireError as error:
-        raise BackendUnavailableError(str(error)) from None
-    finally:
-        with contextlib.suppress(redis.RedisError, OSError):  # a pool that no longer knows who is master can't take it back
-            pool.release(connection)
+        with self._lock:
+            if not self._closed:
+                self._idle.append((connection, wire))
+                return
+        self._discard(connection)
+
+    def _kept(self) -> tuple[Any, Wire] | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection, wire = self._idle.pop()
+            if connection.pid != os.getpid():  # the parent's, in a forked process
+                continue
+            if wire.at_rest():
+                return connection, wire
+            self._discard(connection)
+
+    def _new(self) -> tuple[Any, Wire]:
+        try:
+            connection = self.pool.get_connection()
+        except (self._redis.RedisError, OSError) as error:
+            text = _DESCRIBED_CLIENT.sub("", str(error))
+            raise BackendUnavailableError(f"no connection: {type(error).__name__}: {text}") from None
+        return connection, Wire(connection._sock, 0.0)
+
+    def _discard(self, connection: Any) -> None:
+        with contextlib.suppress(self._redis.RedisError, OSError):  # a pool that no longer knows who is master may refuse it
+            connection.disconnect()
+            self.pool.release(connection)
+
+    def drop(self) -> None:
+        """End what is not in use."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection, _ in idle:
+            if connection.pid == os.getpid():
+                self._discard(connection)
+
+    def close(self) -> None:
+        """End everything, what is in use once it is no more."""
+        with self._lock:
+            self._closed = True
+        self.drop()
 
 
 class _Single:
@@ -134,6 +186,7 @@ class _Single:
     def __init__(self, pool: Any, redis: Any) -> None:
         self._pool = pool
         self._redis = redis
+        self._connections = _Connections(pool, redis)
 
     def group(self, keys: Sequence[bytes], wanted: Sequence[int]) -> dict[Any, list[int]]:
         """All keys are on the one node."""
@@ -141,10 +194,11 @@ class _Single:
 
     def wire(self, node: Any, until: float) -> contextlib.AbstractContextManager[Wire]:
         """See :class:`Nodes`."""
-        return _wire_of(self._pool, until, self._redis)
+        return self._connections.wire(until)
 
     def refresh(self) -> None:
         """Connect anew, which asks sentinels who is master now."""
+        self._connections.drop()
         self._pool.disconnect(inuse_connections=False)
 
     def masters(self) -> list[Any]:
@@ -153,6 +207,7 @@ class _Single:
 
     def close(self) -> None:
         """See :class:`Nodes`."""
+        self._connections.close()
         self._pool.disconnect()
 
 
@@ -170,6 +225,7 @@ class _Cluster:
         self._stale = True
         self._asked = 0.0
         self._resting: dict[str, tuple[float, float]] = {}
+        self._connections: dict[str, _Connections] = {}
 
     def _connected(self) -> Any:
         """The library's cluster with a map that nobody has called stale."""
@@ -224,14 +280,22 @@ class _Cluster:
             found = cluster.get_node(node_name=node)
             if found is None:
                 raise BackendUnavailableError(f"node {node} is no longer part of the cluster")
-            pool = cluster.get_redis_connection(found).connection_pool
-            with _wire_of(pool, until, self._redis) as wire:
+            with self._connections_to(node, cluster.get_redis_connection(found).connection_pool).wire(until) as wire:
                 yield wire
         except BackendUnavailableError:
             self._leave_alone(node)
             raise
         with self._lock:
             self._resting.pop(node, None)
+
+    def _connections_to(self, node: str, pool: Any) -> _Connections:
+        with self._lock:
+            known = self._connections.get(node)
+            if known is None or known.pool is not pool:
+                if known is not None:
+                    known.close()
+                known = self._connections[node] = _Connections(pool, self._redis)
+            return known
 
     def _leave_alone(self, node: str) -> None:
         with self._lock:
@@ -253,6 +317,9 @@ class _Cluster:
     def close(self) -> None:
         """See :class:`Nodes`."""
         with self._lock:
+            for connections in self._connections.values():
+                connections.close()
+            self._connections.clear()
             if self._cluster is not None:
                 self._cluster.close()
                 self._cluster = None

@@ -41,7 +41,7 @@ _KNOWN = frozenset(
         *tuple(name + end for name in _SECRETS for end in ("", "_env", "_file")),
     )
 )
-DEFAULT_PART = 2044 * 1024
+DEFAULT_PART = 1020 * 1024
 LEAST_PART, _MOST_PART = 64 * 1024, 64 * 1024**2
 
 

@@ -6,6 +6,7 @@ megabytes a value. Format: https://redis.io/docs/latest/develop/reference/protoc
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -61,14 +62,24 @@ class Wire:
         if not self._tls:
             sock.settimeout(None)  # SO_RCVTIMEO bounds a wait and lets one call fill a whole buffer; a timeout here would not
 
-    def rest(self) -> None:
-        """Leave the socket as it was found.
+    def finish(self) -> None:
+        """All that was asked has been answered.
 
         Raises:
             WireError: bytes came that nobody asked for.
         """
         if self._begin != self._end:
             raise WireError("expected no more replies; bytes came that belong to none")
+
+    def at_rest(self) -> bool:
+        """Whether the connection stands, and nothing has come since :meth:`finish`."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def rest(self) -> None:
+        """As :meth:`finish`; leaves the socket as it was found."""
+        self.finish()
         self._sock.settimeout(self._timeout)  # what was armed counts for blocking sockets only, and is armed anew then
 
     def allow(self, until: float) -> None:
