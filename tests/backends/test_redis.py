@@ -344,6 +344,32 @@ def _writes(backend: Backend, name: ChunkKey, parts: int) -> bool:
     return True
 
 
+def test_a_connection_is_kept_and_replaced(backend: Any, server: servers.RedisServer) -> None:
+    admin = server.client()
+
+    def made() -> int:
+        return int(admin.info()["total_connections_received"])
+
+    data = value(1, 3 * PART)
+    backend.write_many([key(1)], [memoryview(data)])
+    before = made()
+    for _ in range(20):
+        assert read(backend, [key(1)]) == [data]
+        assert backend.contains_many([key(1), key(2)]) == [True, False]
+    assert made() == before
+    ours = [client["id"] for client in admin.client_list() if client["id"] != str(admin.client_id())]
+    for number in ours:  # as a server does with connections that were idle for long
+        admin.client_kill_filter(_id=number)
+    assert read(backend, [key(1)]) == [data]
+    child = os.fork()
+    if not child:
+        same = all(read(backend, [key(1)]) == [data] for _ in range(3))
+        os._exit(0 if same else 1)
+    for _ in range(20):
+        assert read(backend, [key(1)]) == [data], "a forked process uses connections of its own"
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_clear_removes_its_own_keys_only(backend: Any, server: servers.RedisServer, request: pytest.FixtureRequest) -> None:
     server.client().set("somebody-elses", "x")
     backend.write_many([key(i) for i in range(1200)], [memoryview(b"v")] * 1200)
