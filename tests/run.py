@@ -67,12 +67,13 @@ def sanitizers() -> bool:
 
 
 def lmcache() -> bool:
-    """LMCache's own client and server, in an environment of their own, against LMKV's."""
+    """LMCache's own client, server and storage, in an environment of their own, against LMKV's."""
     sys.path.insert(0, str(HERE / "support"))
     import lmcache_venv
 
     with tempfile.TemporaryDirectory() as folder:
-        return run(lmcache_venv.make(folder), "tests/peers/lmcache_wire.py")
+        python = lmcache_venv.make(folder)
+        return run(python, "tests/peers/lmcache_wire.py") & run(python, "tests/peers/lmcache_adopt.py")
 
 
 def unit() -> bool:

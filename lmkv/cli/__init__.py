@@ -17,6 +17,10 @@ COMMANDS = {
     "compact": ("lmkv.cli.disk:compact", "give back what a disk tier's directory has free"),
     "export": ("lmkv.cli.bundle:export", "write stored texts into a bundle for another machine"),
     "import": ("lmkv.cli.bundle:import_", "put the texts of a bundle into a disk tier's directory"),
+    "adopt": (
+        "lmkv.adapters.lmcache.adopt_command:main",
+        "bring what LMCache 0.3 left in a Redis or on a disk into a disk tier",
+    ),
     "migrate": ("lmkv.adapters.lmcache.migrate:main", "print a configuration of LMCache's in LMKV's keys"),
     "run": ("lmkv.adapters.lmcache.run:main", "run a command in which LMCache's commands and imports are LMKV's"),
     "serve": ("lmkv.adapters.lmcache.serve:main", "keep values for clients of LMCache's lm:// protocol"),

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lmkv.adapters.lmcache import load_config
+from lmkv.adapters.lmcache.adopt_command import make_parser as adopt_parser
 from lmkv.adapters.lmcache.serve import parse_arguments
 from lmkv.adapters.sglang.settings import asked_for
 from lmkv.adapters.standalone.options import parse_options
@@ -92,7 +93,7 @@ def test_standalone_services(code: str, tmp_path: Path) -> None:
 
 def test_commands_of_lmkv_are_there() -> None:
     named = set(re.findall(r"`lmkv ([a-z]+)", PAGE))
-    assert named == {"doctor", "inspect", "verify", "serve", "migrate", "run"}
+    assert named == {"adopt", "doctor", "inspect", "verify", "serve", "migrate", "run"}
     assert named <= COMMANDS.keys()
 
 
@@ -144,3 +145,13 @@ def test_sglang(code: str) -> None:
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
     assert "--enable-lmcache" in words
     assert asked_for(environ)
+
+
+def test_the_commands_that_bring_caches_over_are_taken() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", section("Caches that LMCache left"), re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("lmkv adopt")]
+    assert len(lines) == 2
+    for words in lines:
+        args = adopt_parser().parse_args(words[2:])
+        assert args.model == "meta-llama/Llama-3.1-8B-Instruct"
+        assert args.config or args.origins == ["redis://localhost:6379"]
