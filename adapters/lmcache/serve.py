@@ -24,6 +24,10 @@ from .shelf import Shelf
 __all__ = ["ServeOptions", "main", "parse_arguments"]
 
 
+#: What is kept ready at most, unless more is asked for.
+_MOST_AHEAD = 256 * 1024**2
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """Everything that the server needs to start.
@@ -34,6 +38,7 @@ class ServeOptions:
         policy: the eviction policy's name.
         limits: what clients may ask for.
         tier: url of a tier behind memory, or ``""``.
+        ahead: bytes of the capacity that are kept ready for values to come.
         warnings: lines for the person who started it.
     """
 
@@ -43,6 +48,7 @@ class ServeOptions:
     policy: str
     limits: ServerLimits
     tier: str = ""
+    ahead: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tier", default="", metavar="URL", help="also keep every value there: file:///path, redis://host:6379, s3://bucket, …"
     )
+    add("--ahead", metavar="SIZE", help="of that, memory kept ready for values to come (default: a 16th, 256MiB at most)")
     add("--max-value", default="1GiB", metavar="SIZE", help="largest value taken (default %(default)s)")
     add("--max-connections", type=int, default=ServerLimits.most_connections, help="at once (default %(default)s)")
     add("--patience-seconds", type=float, default=ServerLimits.patience_seconds, help="for slow clients (default %(default)s)")
@@ -109,9 +116,11 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> ServeOpt
     most = min(parse_bytes(args.max_value), MOST_BYTES)
     limits = ServerLimits(token, most, args.max_connections, args.patience_seconds)
     host = "127.0.0.1" if args.host.lower() == "localhost" else args.host.strip("[]")
-    return ServeOptions(
-        host, args.port, loaded.config.ram_capacity, loaded.config.ram_policy, limits, args.tier, tuple(warnings)
-    )
+    capacity = loaded.config.ram_capacity
+    ahead = parse_bytes(args.ahead) if args.ahead is not None else min(capacity // 16, _MOST_AHEAD)
+    if ahead > capacity // 2:
+        raise ConfigError(f"--ahead: expected at most half of the {capacity} bytes of memory; got {args.ahead}")
+    return ServeOptions(host, args.port, capacity, loaded.config.ram_policy, limits, args.tier, ahead, tuple(warnings))
 
 
 def _say(line: str) -> None:
@@ -138,7 +147,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
     try:
         options = parse_arguments(argv, os.environ if environ is None else environ)
-        shelf = Shelf(options.capacity, options.policy)
+        shelf = Shelf(options.capacity, options.policy, options.ahead)
         tell = _teller()
         behind = Behind(options.tier, options.limits.most_bytes, tell) if options.tier else None
     except ConfigError as error:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from lmkv.chunks import ChunkKey
 from lmkv.eviction import make_policy
+
+from .spares import Spares
 
 __all__ = ["Shelf", "Value"]
 
@@ -40,13 +39,15 @@ class Shelf:
     Args:
         capacity: bytes, each key counting 512 beside its value.
         policy: the eviction policy's name.
+        ahead: bytes of the capacity that are memory made ready for values to come.
 
     Raises:
         ConfigError: an unknown policy.
     """
 
-    def __init__(self, capacity: int, policy: str) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, policy: str, ahead: int = 0) -> None:
+        self.capacity = capacity - ahead
+        self._spares = Spares(ahead)
         self._policy = make_policy(policy, max(1, capacity // _USUAL_BYTES))
         self._values: dict[ChunkKey, Value] = {}
         self._used = self._promised = 0
@@ -79,7 +80,7 @@ class Shelf:
                 self.counts["evicted"] += 1
             self._promised += cost
         try:
-            room: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(size, np.uint8)
+            room = self._spares.take(size)
         except MemoryError:
             with self._lock:
                 self._promised -= cost

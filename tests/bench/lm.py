@@ -2,6 +2,9 @@
 
 LMCache is installed into a temporary environment of its own. One object a line with ``--json``: name, value, unit, reference,
 ratio; ``reference`` is LMCache's client at LMCache's server in the same run, taken in turn with ours. Medians.
+
+Rows ``.fresh`` put values of 8 MiB one by one under new keys, each confirmed by EXIST, so that a server needs new memory for
+each; ``reference`` is a plain socket at LMCache's server there. ``--busy 2`` keeps two processors busy beside all of it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,10 +30,11 @@ import servers
 
 import lmkv
 from lmkv.backends import BackendSettings, open_backend
+from lmkv.backends.lm_wire import ANSWER_BYTES, Answer, Code, Command, Request
 from lmkv.chunks import ChunkKey
 
 LAYOUT = lmkv.KVLayout.dense(layers=28, heads=4, head_size=128, dtype="bfloat16")
-VALUES, ROUNDS = 8, 11
+VALUES, ROUNDS, FRESH = 8, 11, 24
 LMKV_SERVER = ("-c", "import sys; from lmkv.cli import main; sys.exit(main())", "serve")
 
 
@@ -108,15 +114,106 @@ def in_turn(pairs: Mapping[str, Ours | Theirs], what: str, size: int) -> dict[st
     return {name: size * VALUES / 1e9 / statistics.median(taken) for name, taken in times.items()}
 
 
+class Plain:
+    """A plain socket at a server, one new value at a time."""
+
+    def __init__(self, port: int, size: int) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port))
+        self.value, self.room = os.urandom(size), memoryview(bytearray(size))
+        self.number = 0
+
+    def _ask(self, command: Command, length: int = 0) -> bytes:
+        shape = (2, 8, 256, length // 8192) if length else (0, 0, 0, 0)
+        return Request(command, b"m@1@0@%x@half" % self.number, length, shape=shape).pack()
+
+    def _answer(self) -> Answer:
+        return Answer.unpack(self.sock.recv(ANSWER_BYTES, socket.MSG_WAITALL))
+
+    def seconds(self, what: str) -> float:
+        """How long writing a new value takes, with the confirmation, or reading it."""
+        begun = time.perf_counter()
+        if what == "put":
+            self.number += 1
+            self.sock.sendall(self._ask(Command.PUT, len(self.value)))
+            self.sock.sendall(self.value)
+            self.sock.sendall(self._ask(Command.EXIST))
+            assert self._answer().code == Code.SUCCESS
+            return time.perf_counter() - begun
+        self.sock.sendall(self._ask(Command.GET))
+        assert self._answer().length == len(self.room)
+        got = 0
+        while got < len(self.room):
+            got += self.sock.recv_into(self.room[got:])
+        taken = time.perf_counter() - begun
+        assert self.room == self.value
+        return taken
+
+
+class OursFresh:
+    """LMKV's backend at a server, one new value at a time."""
+
+    def __init__(self, port: int, size: int) -> None:
+        url = f"lm://127.0.0.1:{port}"
+        self.backend = open_backend("lm", BackendSettings("remote", LAYOUT, url=url, deadline_seconds=120.0))
+        self.value, self.room = memoryview(os.urandom(size)), memoryview(bytearray(size))
+        self.number = 1 << 32
+
+    def seconds(self, what: str) -> float:
+        """As :meth:`Plain.seconds`."""
+        self.number += what == "put"
+        key = ChunkKey(self.number.to_bytes(16, "big"))
+        begun = time.perf_counter()
+        if what == "put":
+            self.backend.write_many([key], [self.value])
+            return time.perf_counter() - begun
+        assert self.backend.read_many([key], [self.room]) == [len(self.room)]
+        taken = time.perf_counter() - begun
+        assert self.room == self.value
+        return taken
+
+
+def fresh(theirs: int, ours: int, size: int) -> dict[str, dict[str, float]]:
+    """Median GB/s of new values by operation, clients taking turns."""
+    clients = {"theirs": Plain(theirs, size), "mixed": Plain(ours, size), "ours": OursFresh(ours, size)}
+    times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in clients} for what in ("put", "get")}
+    for number in range(FRESH + 1):
+        for name in [*clients][number % 3 :] + [*clients][: number % 3]:
+            for what in ("put", "get"):
+                taken = clients[name].seconds(what)
+                if number:
+                    times[what][name].append(taken)
+    return {
+        what: {name: size / 1e9 / statistics.median(taken) for name, taken in found.items()} for what, found in times.items()
+    }
+
+
+def show(name: str, value: float, reference: float, *, as_json: bool) -> None:
+    """Print a figure."""
+    row = {
+        "name": name, "value": round(value, 3), "unit": "GB/s", "reference": round(reference, 3),
+        "ratio": round(value / reference, 2),
+    }  # fmt: skip
+    plain = "{name:<44} {value:8} {unit}  lmcache {reference:8}  x {ratio}"
+    print(json.dumps(row) if as_json else plain.format(**row), flush=True)
+
+
 def main() -> int:
     """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="keep that many processors busy beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         python = lmcache_venv.make(folder)
+        for _ in range(args.busy):
+            loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(loop.wait)
+            stack.callback(loop.kill)
         theirs = stack.enter_context(served(python, "-m", "lmcache.v1.server"))
         ours = stack.enter_context(served(sys.executable, *LMKV_SERVER))
+        for what, found in fresh(theirs, ours, 8 * 1024**2).items():
+            for name, value in (("", "ours"), (".plain_client", "mixed")):
+                show(f"lm.{what}.8192KiB.fresh{name}", found[value], found["theirs"], as_json=args.json)
         for shape in ((8, 256, 1024), (4, 256, 128)):
             size = 4 * shape[0] * shape[1] * shape[2]
             connectors = {name: Theirs(python, port, shape) for name, port in (("theirs", theirs), ("mixed", ours))}
@@ -126,12 +223,7 @@ def main() -> int:
             for what in ("put", "get"):
                 found = in_turn(pairs, what, size)
                 for name, value in (("", "ours"), (".their_client", "mixed"), (".our_client_their_server", "at_theirs")):
-                    row = {
-                        "name": f"lm.{what}.{size // 1024}KiB{name}", "value": round(found[value], 3), "unit": "GB/s",
-                        "reference": round(found["theirs"], 3), "ratio": round(found[value] / found["theirs"], 2),
-                    }  # fmt: skip
-                    plain = "{name:<44} {value:8} {unit}  lmcache {reference:8}  x {ratio}"
-                    print(json.dumps(row) if args.json else plain.format(**row), flush=True)
+                    show(f"lm.{what}.{size // 1024}KiB{name}", found[value], found["theirs"], as_json=args.json)
     return 0
 
 

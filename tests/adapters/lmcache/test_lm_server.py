@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import servers
 from hypothesis import given
@@ -19,6 +20,7 @@ from lm_servers import EXIST, GET, HEALTH, LIST, PUT, RawClient, running
 from lmkv.adapters.lmcache.lm_server import LmServer, ServerLimits
 from lmkv.adapters.lmcache.serve import parse_arguments
 from lmkv.adapters.lmcache.shelf import Shelf, Value
+from lmkv.adapters.lmcache.spares import Spares
 from lmkv.errors import ConfigError
 
 KEY = b"meta-llama/Llama-3.1-8B@1@0@-7542097a982a0d29@half"
@@ -245,13 +247,69 @@ def test_no_memory_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as server, RawClient(server.address[1]) as client:
         client.put(KEY, b"the one before..")
         assert client.ask(EXIST, KEY) == 200
-        monkeypatch.setattr("lmkv.adapters.lmcache.shelf.np.empty", empty)
+        monkeypatch.setattr("lmkv.adapters.lmcache.spares.np.empty", empty)
         client.put(b"another", b"12345678")
         assert client.ask(EXIST, b"another") == 400
         assert client.get(KEY) == b"the one before.."
         monkeypatch.undo()
         server.shelf._check()
         assert server.shelf._promised == 0
+
+
+# -- memory made ready ---------------------------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+def test_rooms_of_the_last_size_are_made_ready() -> None:
+    spares = Spares(4 * MIB)
+    assert len(spares.take(MIB)) == MIB
+    servers.until(lambda: len(spares._ready) == 4)
+    rooms = [spares.take(MIB) for _ in range(6)]  # more than there are
+    assert len({room.ctypes.data for room in rooms}) == 6, "one room was given out twice"
+    servers.until(lambda: len(spares._ready) == 4)
+    assert spares._held == 4 * MIB
+    assert len(spares.take(MIB + 1)) == MIB + 1
+    servers.until(lambda: [len(room) for room in spares._ready] == [MIB + 1] * 3)
+    assert spares._held == 3 * (MIB + 1)
+
+
+def test_small_and_very_large_rooms_are_not_made_ready() -> None:
+    spares = Spares(4 * MIB)
+    assert [len(spares.take(size)) for size in (0, 1, 1000, 4 * MIB + 1)] == [0, 1, 1000, 4 * MIB + 1]
+    assert spares._thread is None
+    assert Spares(0).take(MIB).nbytes == MIB
+
+
+def test_no_memory_to_make_ready_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    spares = Spares(4 * MIB)
+    real, failing = np.empty, [True]
+
+    def empty(size: int, dtype: object) -> object:
+        if failing[0] and threading.current_thread().name == "lmkv-serve-spares":
+            raise MemoryError
+        return real(size, dtype)
+
+    monkeypatch.setattr("lmkv.adapters.lmcache.spares.np.empty", empty)
+    spares.take(MIB)
+    servers.until(lambda: not spares._size)
+    assert not spares._ready
+    failing[0] = False
+    assert len(spares.take(MIB)) == MIB
+    servers.until(lambda: len(spares._ready) == 4)
+
+
+def test_what_is_ready_is_part_of_the_quota() -> None:
+    value = os.urandom(MIB)
+    shelf = Shelf(8 * MIB, "lru", 4 * MIB)
+    for number in range(9):
+        shelf.put(b"%d" % number, Value(room_of(shelf, value), 1, 2, (0, 0, 0, 0)))
+        shelf._check()
+    assert [shelf.contains(b"%d" % number) for number in range(9)] == [False] * 6 + [True] * 3
+    kept = shelf.get(b"8")
+    assert kept is not None
+    assert kept.data == value
+    assert shelf.reserve(4 * MIB) is None
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------------
@@ -267,6 +325,8 @@ def test_no_memory_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
         (["0.0.0.0", "65432"], "Say --insecure"),
         (["localhost", "1", "--ram-capacity", "lots"], "ram_capacity: expected a size"),
         (["localhost", "1", "--max-value", "big"], "expected a size"),
+        (["localhost", "1", "--ahead", "big"], "expected a size"),
+        (["localhost", "1", "--ram-capacity", "1GiB", "--ahead", "600MiB"], "at most half"),
         (["localhost", "1", "--max-connections", "0"], "expected more than 0"),
         (["localhost", "1", "--ram-kapacity", "1"], "unrecognized arguments"),
         (["localhost", "1", "--token-file", "/nonexistent"], "expected a readable file"),
@@ -287,6 +347,9 @@ def test_arguments(tmp_path: Path) -> None:
     assert (options.capacity, options.limits.token) == (8 << 30, b"t")
     assert "LMKV_TOKEN" not in repr(options)
     assert parse_arguments(["::1", "1"], {}).host == "::1"
+    sizes = {"8GiB": 256 << 20, "1GiB": 64 << 20, "16MiB": 1 << 20}
+    assert {size: parse_arguments(["::1", "1", "--ram-capacity", size], {}).ahead for size in sizes} == sizes
+    assert parse_arguments(["::1", "1", "--ahead", "0"], {}).ahead == 0
 
 
 def test_the_command_serves_until_it_is_told_to_stop() -> None:
