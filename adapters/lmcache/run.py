@@ -24,6 +24,7 @@ __all__ = ["main", "server"]
 
 _MAIN = 'import sys\n\nfrom {module} import {name}\n\nif __name__ == "__main__":\n    sys.exit({name}(sys.argv[1:]))\n'
 _SERVER = _MAIN.format(module="lmkv.adapters.lmcache.run", name="server")
+_CONTROLLER = _MAIN.format(module="lmkv.adapters.lmcache.run", name="controller")
 _ENGINE = '''"""What programs that use LMCache through vLLM call at their end."""
 
 
@@ -44,6 +45,7 @@ _PLUGIN = "lmkv_as_lmcache-1.0.dist-info"
 _FILES: Mapping[str, str] = {
     "lmcache/__init__.py": '"""LMKV under LMCache\'s name, by ``lmkv run --as-lmcache``."""\n\nfrom lmkv import __version__\n',
     "lmcache/c_ops.py": '"""The compiled part of LMKV, under LMCache\'s name for its own."""\n\nimport lmkv._native\n',
+    "lmcache/v1/api_server/__main__.py": _CONTROLLER,
     "lmcache/v1/cache_engine.py": _ENGINE,
     "lmcache/v1/server/__main__.py": _SERVER,
     "lmcache/v1/standalone/__main__.py": _MAIN.format(module="lmkv.standalone", name="main"),
@@ -53,7 +55,7 @@ _FILES: Mapping[str, str] = {
 }
 _COMMANDS: Mapping[str, str] = {
     "lmcache_server": _SERVER,
-    "lmcache_controller": _MAIN.format(module="lmkv.adapters.lmcache.run", name="controller"),
+    "lmcache_controller": _CONTROLLER,
 }
 
 

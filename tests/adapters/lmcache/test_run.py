@@ -88,8 +88,9 @@ def test_the_standalone_service(environ: dict[str, str], tmp_path: Path) -> None
             process.kill()
 
 
-def test_the_controller_says_what_takes_its_place(environ: dict[str, str]) -> None:
-    done = run(environ, "lmcache_controller", "--host", "localhost", "--port", "9000")
+@pytest.mark.parametrize("command", [["lmcache_controller"], [sys.executable, "-m", "lmcache.v1.api_server"]])
+def test_the_controller_says_what_takes_its_place(command: list[str], environ: dict[str, str]) -> None:
+    done = run(environ, *command, "--host", "localhost", "--port", "9000")
     assert done.returncode == 2
     assert "LMCACHE_REMOTE_URL=lm://HOST:65432" in done.stderr
 
