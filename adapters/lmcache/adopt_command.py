@@ -162,7 +162,10 @@ def _origin(args: argparse.Namespace, environ: Mapping[str, str]) -> list[Origin
     places = list(args.origins)
     if not places:
         places = [part.strip() for part in str(said.get("local_disk") or "").split(",") if part.strip()]
-        places += [str(said["remote_url"])] if said.get("remote_url") else []
+        url, service = str(said.get("remote_url") or ""), environ.get("REDIS_SERVICE_NAME", "")
+        if service and "-sentinel://" in url and "master=" not in url:
+            url += f"{'&' if '?' in url else '?'}master={service}"
+        places += [url] if url else []
     if not places:
         raise ConfigError("expected --from, or a --config with local_disk or remote_url: where did LMCache keep its values?")
     try:

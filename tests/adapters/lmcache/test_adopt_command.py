@@ -76,6 +76,20 @@ def test_settings_of_lmcaches_file_and_json(tmp_path: Path, capsys: pytest.Captu
     assert said[1]["versions"] == "0.3.13 to 0.3.15"
 
 
+def test_texts_through_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tokenizers
+    import transformers
+
+    machine = Machine(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{token}": token for token in range(600)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tokenizer")
+    machine.texts.write_text(json.dumps({"text": " ".join(f"w{token}" for token in NEW)}))
+    assert machine.run("--from", str(machine.old), "--tokenizer", str(tmp_path / "tokenizer")) == 0
+    assert "text 1: 50 tokens new, 50 of 50 held" in capsys.readouterr().out
+    assert machine.loaded(NEW) == 50
+
+
 def test_another_models_kv_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Machine(tmp_path)
     for text in (SEEN, NEW):

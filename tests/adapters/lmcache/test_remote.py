@@ -225,3 +225,15 @@ def test_it_stands_behind_the_tiers_that_are_listed(tmp_path: Path) -> None:
 def test_passwords_are_not_shown() -> None:
     loaded = load_config(environ={"LMCACHE_REMOTE_URL": "redis://user:hush@h:1"})
     assert "hush" not in repr(loaded)
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("redis-sentinel://a:1,b:2", {"master": "prod"}), ("redis-sentinel://a:1?master=other", {}), ("redis://a:1", {}),
+    ],
+)  # fmt: skip
+def test_the_name_that_sentinels_are_asked_for(url: str, options: dict[str, str]) -> None:
+    environ = {"LMCACHE_REMOTE_URL": url, "REDIS_SERVICE_NAME": "prod"}
+    (tier,) = load_config(environ=environ).config.tiers
+    assert dict(tier.options) == options
