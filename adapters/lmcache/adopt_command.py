@@ -24,7 +24,7 @@ from lmkv.store import Store
 from .adopt import Adopter, Origin
 from .old_keys import ALGORITHMS
 
-__all__ = ["main", "make_parser"]
+__all__ = ["KnownNamespace", "main", "make_parser"]
 
 #: The same model on another version of an engine differs by some hundredths, another model or order of layers by about 1.
 _MOST_DIFFERENCE = 0.25
@@ -33,7 +33,7 @@ _TEXT_KEYS = ("text", "prompt")
 
 
 @dataclass(frozen=True)
-class _Known(Namespace):
+class KnownNamespace(Namespace):
     """A namespace of which only the root is known, as a directory shows it."""
 
     known: str = ""
@@ -152,7 +152,7 @@ def _namespace(directory: str, found: Survey, wanted: str, key_hash: str) -> Nam
         if not key_hash and entry is not None and tokens:
             names = {name: Namespace(layout, key_hash=name).hasher for name in ("sha256", "xxh3")}
             key_hash = next((name for name, h in names.items() if h(entry.parent + tokens)[:KEY_BYTES] == entry.key), "")
-        return _Known(layout, key_hash=key_hash or "sha256", known=root)
+        return KnownNamespace(layout, key_hash=key_hash or "sha256", known=root)
     finally:
         backend.close()
 
