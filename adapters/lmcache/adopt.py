@@ -214,7 +214,11 @@ class Adopter:
         return way
 
     def some_names(self, count: int = 3) -> list[str]:
-        """A few of the keys that are there, for a person whose texts are not found."""
+        """A few of the keys that are there, for a person whose texts are not found.
+
+        Raises:
+            BackendUnavailableError: the place does not answer.
+        """
         return self._place.some(count)
 
     # -- texts -----------------------------------------------------------------------------------------------------------

@@ -85,25 +85,28 @@ def make_parser() -> argparse.ArgumentParser:
 def _texts(path: Path, tokenizer: str) -> Iterator[list[int]]:
     """Token ids, one list a line."""
     encode: Any = None
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                said = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{where}: expected a line of JSON; got: {error}") from None
-            if isinstance(said, dict):
-                said = next((said[key] for key in (*_TOKEN_KEYS, *_TEXT_KEYS) if key in said), None)
-            if isinstance(said, str):
-                encode = encode or _encoder(tokenizer)
-                said = encode(said)
-            try:
-                token_bytes(said)
-            except LMKVError as error:
-                raise ConfigError(f"{where}: {error}") from None
-            yield said
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a readable file of JSON lines; got: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            said = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{where}: expected a line of JSON; got: {error}") from None
+        if isinstance(said, dict):
+            said = next((said[key] for key in (*_TOKEN_KEYS, *_TEXT_KEYS) if key in said), None)
+        if isinstance(said, str):
+            encode = encode or _encoder(tokenizer)
+            said = encode(said)
+        try:
+            token_bytes(said)
+        except LMKVError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        yield said
 
 
 def _encoder(tokenizer: str) -> Any:

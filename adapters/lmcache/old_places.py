@@ -97,7 +97,11 @@ class Place(Protocol):
         """
 
     def some(self, count: int) -> list[str]:
-        """Up to ``count`` of the names that are there, for people to compare theirs with."""
+        """Up to ``count`` of the names that are there, for people to compare theirs with.
+
+        Raises:
+            BackendUnavailableError: nobody answers.
+        """
 
     def close(self) -> None:
         """Let go of it."""
@@ -212,12 +216,17 @@ class _Redis:
         return ""
 
     def some(self, count: int) -> list[str]:
+        import redis
+
         found: list[str] = []
-        for client in self._nodes.masters():
-            for key in client.scan_iter(match="*@*metadata", count=1000):
-                found.append(bytes(key).decode("utf-8", "replace").removesuffix("metadata"))
-                if len(found) == count:
-                    return found
+        try:
+            for client in self._nodes.masters():
+                for key in client.scan_iter(match="*@*metadata", count=1000):
+                    found.append(bytes(key).decode("utf-8", "replace").removesuffix("metadata"))
+                    if len(found) == count:
+                        return found
+        except (redis.RedisError, OSError) as error:
+            raise BackendUnavailableError(f"{self.shown}: {error}") from None
         return found
 
     def close(self) -> None:

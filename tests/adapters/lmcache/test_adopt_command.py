@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import servers
 from lmcache_values import write_chunks
 
 import lmkv
@@ -174,5 +175,19 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "more").mkdir()
     machine = Machine(tmp_path / "more")
     machine.texts = tmp_path / "nothing.jsonl"
-    assert machine.run("--from", str(machine.old)) == 1
-    assert "nothing.jsonl" in capsys.readouterr().err
+    assert machine.run("--from", str(machine.old)) == 2
+    assert "nothing.jsonl: expected a readable file" in capsys.readouterr().err
+
+
+def test_a_redis_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = Machine(tmp_path)
+    (port,) = servers.free_ports(1)
+    assert machine.run("--from", f"redis://:secret@127.0.0.1:{port}") == 1
+    out, err = capsys.readouterr()
+    assert "refused" in err
+    assert "secret" not in out + err
+    machine.texts.write_text(json.dumps(NEW))
+    assert machine.run("--from", f"redis://:secret@127.0.0.1:{port}") == 1
+    out, err = capsys.readouterr()
+    assert "no connection" in out
+    assert "secret" not in out + err
