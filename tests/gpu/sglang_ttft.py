@@ -16,18 +16,17 @@ cold and again).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from engine_processes import mode_results, print_beside_none
 
 _COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-06, "torch_dtype": "bfloat16", "use_cache": True}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -261,32 +260,12 @@ def child(args: argparse.Namespace) -> None:
 
 
 def run_mode(args: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
-    """One mode in a process of its own; its results. An engine's processes may outlive their parent: all are ended."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", mode, *sys.argv[1:]]
-    begun = time.time()
+    """One mode in a process of its own; its results."""
     limit = min(args.limit, args.total - (time.monotonic() - BEGUN))
     if limit < 30:
         return [{"name": f"{mode}/process", "value": 0, "unit": "s", "exit": 1, "told": ["not begun: no time was left"]}]
-    folder = Path(args.log or tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"{mode}.log"
-    code: int | None = None
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        while code is None and time.time() - begun < limit:
-            time.sleep(0.5)
-            code = 0 if f"{mode}/end" in log.read_text(errors="replace") else process.poll()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    output = log.read_text(errors="replace").splitlines()
-    results = [json.loads(line[line.index("R {") + 2 :]) for line in output if "R {" in line]
-    code = 124 if code is None else code
-    told = sorted({line[line.index("LMKV: ") :][:300] for line in output if "LMKV: " in line})
-    results.append({"name": f"{mode}/process", "value": round(time.time() - begun, 1), "unit": "s", "exit": code, "told": told})
-    if code:
-        print(*output[-40:], sep="\n", file=sys.stderr)
-    return results
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", mode, *sys.argv[1:]]
+    return mode_results(mode, command, Path(args.log or tempfile.mkdtemp()) / f"{mode}.log", limit)
 
 
 def main() -> int:
@@ -298,18 +277,7 @@ def main() -> int:
     if unknown:
         print(f"expected modes out of {', '.join(MODES)}; got {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    plain: dict[str, float] = {}
-    failed = False
-    for mode in args.modes.split(","):
-        for result in run_mode(args, mode):
-            what = result["name"].split("/", 1)[1]
-            if mode == "none":
-                plain[what] = result["value"]
-            elif plain.get(what):
-                result |= {"reference": plain[what], "ratio": round(result["value"] / plain[what], 4)}
-            failed |= bool(result.get("exit"))
-            print(json.dumps(result), flush=True)
-    return int(failed)
+    return print_beside_none(args.modes.split(","), lambda mode: run_mode(args, mode))
 
 
 if __name__ == "__main__":

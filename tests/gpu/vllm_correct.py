@@ -13,19 +13,18 @@ Exit status 1 if a case failed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from engine_processes import run_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "adapters" / "vllm"))
@@ -289,28 +288,20 @@ def run_case(args: argparse.Namespace) -> None:
 
 
 def start_case(args: argparse.Namespace, case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
-    """One case in a process of its own; what it found. An engine's processes may outlive their parent: all are ended."""
+    """One case in a process of its own; what it found."""
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(case), "--model", str(model)]
     command += ["--tensor-parallel", str(args.tensor_parallel), "--blocks", str(args.blocks), "--jobs", str(args.jobs)]
     log = folder / ("-".join(str(value) for value in case.values()) + ".log")
-    begun, code, text = time.time(), None, ""
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        while code is None and time.time() - begun < args.limit:
-            time.sleep(0.3)
-            code = process.poll()
-            text = log.read_text(errors="replace")
-            if "R {" in text and text.rstrip().endswith("}"):
-                code = 0
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    text = log.read_text(errors="replace")
-    results = [json.loads(line[line.index("R {") + 2 :]) for line in text.splitlines() if "R {" in line]
+    ended = run_process(command, log, limit=args.limit, said_all=lambda lines: any(map(_is_result, lines[-40:])))
+    results = ended.results
     if not results:
-        print(*text.splitlines()[-30:], sep="\n", file=sys.stderr)
-        results = [{"ok": False, "error": f"no result; exit status {code}, log {log}"}]
-    return {**case, **results[-1], "seconds": round(time.time() - begun, 1)}
+        print(*ended.lines[-30:], sep="\n", file=sys.stderr)
+        results = [{"ok": False, "error": f"no result; exit status {ended.code}, log {log}"}]
+    return {**case, **results[-1], "seconds": ended.seconds}
+
+
+def _is_result(line: str) -> bool:
+    return "R {" in line and line.rstrip().endswith("}")
 
 
 def main() -> int:
