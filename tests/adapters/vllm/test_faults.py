@@ -42,7 +42,6 @@ def failing(monkeypatch: pytest.MonkeyPatch, way: str, when: Callable[[int], boo
         ("llama", "sync", True),
         ("llama", "async", False),
         ("window", "sync", True),
-        ("window", "async", False),
         ("hybrid", "sync", True),
         ("hybrid", "async", False),
     ],
