@@ -16,6 +16,7 @@ from ...handles import Lease, Reservation
 from ...layout import KVLayout
 from ...store import Store
 from ..engine_config import on_gpus_node
+from .early import EarlyLoads, quick
 from .failures import spoilt_requests
 from .lookups import Lookups
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
@@ -30,8 +31,6 @@ __all__ = ["SchedulerHalf"]
 
 logger = init_logger("vllm.lmkv.scheduler")
 
-#: A token to compute takes at least as long as so many to load: a forward pass of few tokens is over before their KV is there.
-_LOADED_A_COMPUTED = 16
 #: What a load may make others wait for: more, and it is made between steps while they run. Half a millisecond of a fast wire.
 _MOST_BEFORE_A_STEP = 32 << 20
 
@@ -42,10 +41,10 @@ class SchedulerHalf:
     Args:
         settings: the connector's.
         vllm_config: vLLM's.
-        engine: names this engine among others.
+        clears_blocks: vLLM clears new blocks in the step that first uses them.
     """
 
-    def __init__(self, settings: Settings, vllm_config: Any) -> None:
+    def __init__(self, settings: Settings, vllm_config: Any, *, clears_blocks: bool = False) -> None:
         self._settings = settings
         self._vllm_config = vllm_config
         transfer = vllm_config.kv_transfer_config
@@ -73,7 +72,9 @@ class SchedulerHalf:
         self._steps_in_flight = math.inf  # at most, the one that is being scheduled counted
         self._renewed = False  # leases, in the step that is being scheduled
         self._on_gpu = False
-        self._others_run = False  # in the last step, behind their first one
+        self._clears_blocks = clears_blocks
+        self._early: EarlyLoads | None = None
+        self._going_on: list[str] = []  # requests of the last step that had run before
         self._bypass_reasons: set[str] = set()
         for line in settings.warnings:
             logger.warning("LMKV: %s", line)
@@ -124,6 +125,8 @@ class SchedulerHalf:
         handle = self.store.pool_handle() if config.ram_shared else None
         stores = frozenset(rank for rank in shards if not (replicated and rank[1] > 0))
         self._pool = PoolInfo(key, handle, layout, first_layer, stores, config.ram_pin)
+        if self._settings.load_ahead and not self._clears_blocks:
+            self._early = EarlyLoads(key, layerwise=self._settings.layerwise)
         tiers = ", ".join(f"{tier.name} {tier.capacity_bytes / 1024**3:.1f} GiB" for tier in self.store.stats().tiers)
         logger.info(
             "LMKV: chunks of %d tokens, %d bytes of KV a token, tiers: %s", layout.chunk_tokens, layout.token_bytes, tiers
@@ -192,7 +195,8 @@ class SchedulerHalf:
         """Whether a load of so many tokens is made while others run, who would all wait for it if it came before a step."""
         if self._settings.load != "auto":
             return self._settings.load == "async"
-        if not self._on_gpu or not self._others_run:  # a CPU's copies take the processors that others run on
+        others = any(name in self._requests and not self._requests[name].ended for name in self._going_on)
+        if not self._on_gpu or not others:  # a CPU's copies take the processors that others run on
             return False
         behind = any(record.order.load and not record.order.waits for record in self._copies.values())
         return behind or tokens * self._token_bytes > _MOST_BEFORE_A_STEP
@@ -221,6 +225,9 @@ class SchedulerHalf:
         self._copies[order.id] = CopyRecord(order, state, lease)
         state.copies.add(order.id)
         self.counts.add(hit_tokens=external)
+        if self._early is not None:
+            behind = self._step + 1 - self._freed_step < self._steps_in_flight
+            self._early.allocated(order, request.num_tokens - stop, self._requests.values(), behind=behind)
         if self._settings.log_requests:
             logger.info(
                 "LMKV: Reqid: %s, Total tokens %d, LMKV hit tokens: %d, need to load: %d",
@@ -265,6 +272,7 @@ class SchedulerHalf:
                     self._copies[order.id] = CopyRecord(order, state, filling)
                     self._lookups.filling.update(chunk.key for chunk in filling.reservation.chunks)
                     state.copies.add(order.id)
+        begun = frozenset() if self._early is None else self._early.end_step()
         orders = Orders(
             step=self._step,
             pool=self._pool if self._mapped < len(self._shards) else None,
@@ -275,11 +283,12 @@ class SchedulerHalf:
             forward=output.total_num_scheduled_tokens > 0,
             early=not getattr(output, "new_block_ids_to_zero", None),
             behind=self._step - self._freed_step < self._steps_in_flight,
-            quick_pass=_LOADED_A_COMPUTED * output.total_num_scheduled_tokens <= sum(order.tokens for order in self._loads),
+            spoilt=begun if preempted or getattr(output, "new_block_ids_to_zero", None) else frozenset(),
+            quick_pass=quick(output.total_num_scheduled_tokens, sum(order.tokens for order in self._loads)),
             healed=self._healed,
         )
         self._loads, self._newly_held, self._renewed = [], set(), False
-        self._others_run = bool(output.scheduled_cached_reqs.req_ids)
+        self._going_on = list(output.scheduled_cached_reqs.req_ids)
         return orders
 
     def _follow_blocks(self, output: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
@@ -16,7 +17,7 @@ from ...transfer import Gpu, Pinner
 from .copies import Copier, Running, SlotMemory
 from .geometry import ShardGeometry, shard_geometry
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo
-from .pools import local_pool
+from .pools import drop_worker, local_pool, offer_worker
 
 __all__ = ["WorkerHalf"]
 
@@ -45,6 +46,8 @@ class WorkerHalf:
         self._mapped: MappedPool | None = None
         self._running: list[Running] = []
         self._loading: list[Running] = []  # loads that this step's forward pass needs
+        self._ahead: dict[int, Running] = {}  # loads that began before their step
+        self._key = ""
         self._held: set[str] = set()
         self._begun_step = -1  # the step whose stores were begun
         self._step = -1
@@ -100,15 +103,34 @@ class WorkerHalf:
         self._step = orders.step
         if orders.pool is not None and self._copier is None:
             self._open(orders.pool)
-        awaited = sorted((order for order in orders.loads if order.waits), key=lambda order: order.tokens)
+        begun = [order.id for order in orders.loads if order.id in self._ahead]
+        for number in begun:
+            self._begun(self._ahead.pop(number), orders)
+        loads = [order for order in orders.loads if order.id not in begun]
+        awaited = sorted((order for order in loads if order.waits), key=lambda order: order.tokens)
         whole = awaited[:-1] if orders.quick_pass else []  # layers are computed beside the last and largest load only
-        for order in awaited + [order for order in orders.loads if not order.waits]:
-            running = self._begin_load(order, orders, by_layers=order not in whole)
-            self._running.append(running)
-            if running.error and order.waits:
-                self._failed_step = orders.step
-            elif order.waits:
-                self._loading.append(running)
+        for order in awaited + [order for order in loads if not order.waits]:
+            by_layers = order not in whole
+            self._begun(
+                self._begin_load(order, behind=orders.behind, quick_pass=orders.quick_pass, by_layers=by_layers), orders
+            )
+
+    def _begun(self, running: Running, orders: Orders) -> None:
+        """Note a load of this step's."""
+        order = running.order
+        if order.id in orders.spoilt:
+            running.wait()
+            running = Running(order, error="its blocks came free while others still wrote to them")
+        self._running.append(running)
+        if running.error and order.waits:
+            self._failed_step = orders.step
+        elif order.waits:
+            self._loading.append(running)
+
+    def begin_ahead(self, order: CopyOrder, *, behind: bool, quick_pass: bool, by_layers: bool) -> None:
+        """Begin a load that the orders of the step to come will name, see :class:`.early.EarlyLoads`."""
+        with torch.inference_mode():  # as in a step: vLLM's KV tensors are made in it
+            self._ahead[order.id] = self._begin_load(order, behind=behind, quick_pass=quick_pass, by_layers=by_layers)
 
     def _wait_for_loads(self) -> None:
         assert self._copier is not None or not self._loading
@@ -164,7 +186,8 @@ class WorkerHalf:
 
     def close(self) -> None:
         """End all copies and let the slots go."""
-        for running in self._running:
+        drop_worker(self._key)
+        for running in (*self._running, *self._ahead.values()):
             running.wait()
         self._collect()
         self._copier = None
@@ -199,17 +222,19 @@ class WorkerHalf:
             logger.warning("LMKV: rank %s can't reach the slots: %s", self._rank, self._refusal)
             self._report.unreachable = self._refusal
             return
+        self._key = info.key
+        offer_worker(info.key, self)
         self._report.mapped += 1
 
     @staticmethod
     def _told(event: Event) -> None:
         logger.warning("LMKV: %s: %s", event.kind, dict(event.detail))
 
-    def _begin_load(self, order: CopyOrder, orders: Orders, *, by_layers: bool) -> Running:
+    def _begin_load(self, order: CopyOrder, *, behind: bool, quick_pass: bool, by_layers: bool) -> Running:
         if self._copier is None:
             return self._unmapped(order)
         layerwise = self._layerwise and order.waits and by_layers
-        return self._copier.load(order, layerwise=layerwise, quick_pass=orders.quick_pass, behind=orders.behind)
+        return self._copier.load(order, layerwise=layerwise, quick_pass=quick_pass, behind=behind)
 
     def _begin_store(self, order: CopyOrder) -> Running:
         if self._copier is None:

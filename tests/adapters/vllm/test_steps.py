@@ -128,6 +128,59 @@ def test_in_a_quick_pass_only_the_largest_load_comes_by_layers(
     assert [tuple(answers[request].outputs[0].token_ids) for request in "ab"] == [answer.tokens for answer in wanted]
 
 
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_loads_begin_while_others_are_scheduled(
+    layerwise: bool, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(connector={"lmkv.load_ahead": True, "lmkv.layerwise": layerwise})
+    known = [text(6 * CHUNK, seed=21), text(2 * CHUNK, seed=22), text(4 * CHUNK, seed=23)]
+    wanted = engine.computed(known)
+    engine.ask(known)
+    happened: list[Any] = []
+    load, orders, allocated = Copier.load, engine.half.orders, engine.half.allocated
+
+    def recorded_load(copier: Any, order: Any, **how: Any) -> Any:
+        happened.append((order.tokens, how["layerwise"]))
+        return load(copier, order, **how)
+
+    def recorded_orders(output: Any) -> Any:
+        happened.append("orders")
+        return orders(output)
+
+    def recorded_allocated(*arguments: Any) -> None:
+        happened.append("blocks")
+        allocated(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Copier, "load", recorded_load)
+        patch.setattr(engine.half, "orders", recorded_orders)
+        patch.setattr(engine.half, "allocated", recorded_allocated)
+        vllm = engine.llm.llm_engine
+        for request, prompt in zip("abc", known, strict=True):
+            vllm.add_request(request, {"prompt_token_ids": prompt}, params(6))
+        answers = {}
+        while vllm.has_unfinished_requests():
+            answers |= {output.request_id: output for output in vllm.step()}
+    assert [tuple(answers[request].outputs[0].token_ids) for request in "abc"] == [answer.tokens for answer in wanted]
+    loads = [(len(prompt) - 1, layerwise and number == 2) for number, prompt in enumerate(known)]
+    if layerwise:  # each one waits for the next, in case that it is the last
+        assert happened[:7] == ["blocks", "blocks", loads[0], "blocks", loads[1], loads[2], "orders"]
+    else:
+        assert happened[:7] == ["blocks", loads[0], "blocks", loads[1], "blocks", loads[2], "orders"]
+
+    def spoilt(output: Any) -> Any:
+        made = orders(output)
+        made.spoilt = frozenset(order.id for order in made.loads)  # as if a request had been preempted in this very step
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.half, "orders", spoilt)
+        assert_same(engine.ask(known[:2]), wanted[:2])
+    assert engine.metric("load_failures_total") == 2
+    assert_same(engine.ask(known), wanted)
+    engine.check_clean()
+
+
 def test_a_large_load_does_not_keep_others_waiting(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of()
     known = text(4 * CHUNK, seed=11)
@@ -149,7 +202,7 @@ def test_a_large_load_does_not_keep_others_waiting(engine_of: Callable[..., Any]
             answered += [output for output in vllm.step() if output.request_id == "known" and output.finished]
         assert answered[0].num_cached_tokens == len(known) - 1
         assert tuple(answered[0].outputs[0].token_ids) == wanted[0].tokens[:2]
-        return [order.waits for orders in given for order in orders.loads]
+        return [order.waits for orders in given for order in orders.loads if order.tokens == len(known) - 1]
 
     assert waits(beside=True, most=1000) == [False]
     assert waits(beside=True, most=1 << 40) == [True]
