@@ -16,7 +16,7 @@ import secrets
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +77,42 @@ class _Ask(NamedTuple):
     end: int
     is_head: bool
     request: bytes
+
+
+class _Asking:
+    """Replies that are wanted, in order, and those of them that are under way."""
+
+    def __init__(self, wire: Wire, wanted: Iterable[_Ask]) -> None:
+        self._wire = wire
+        self._wanted = deque(wanted)
+        self._asked: deque[_Ask] = deque()
+        self._bytes = 0
+
+    def send(self, *first: _Ask) -> None:
+        """Ask for as much as may be under way, for ``first`` before the others."""
+        wanted, asked = self._wanted, self._asked
+        wanted.extendleft(reversed(first))
+        requests = []
+        while wanted and (len(asked) < _LEAST_ASKED or self._bytes + wanted[0].end - wanted[0].begin <= _MOST_ASKED_BYTES):
+            ask = wanted.popleft()
+            asked.append(ask)
+            self._bytes += ask.end - ask.begin
+            requests.append(ask.request)
+        if requests:
+            self._wire.send(b"".join(requests))
+
+    def next(self) -> _Ask | None:
+        """Whose reply is the next one; ``None`` after the last."""
+        self.send()
+        if not self._asked:
+            return None
+        ask = self._asked.popleft()
+        self._bytes -= ask.end - ask.begin
+        return ask
+
+    def give_up(self, value: int) -> None:
+        """Ask for no more of a value."""
+        self._wanted = deque(ask for ask in self._wanted if ask.value != value)
 
 
 def _read_head(data: bytes) -> _Head | None:
@@ -230,36 +266,25 @@ class RedisBackend:
         broken: set[int],
     ) -> None:
         """Heads, and of values that are cut the parts right after; sets ``sizes`` of what came whole, adds to ``broken``."""
-        wanted = deque(_Ask(i, 0, min(len(out[i]), _FIRST), True, command(b"GET", names[i])) for i in indices)
-        asked: deque[_Ask] = deque()
-        under_way = 0
-        while wanted or asked:
-            requests = []
-            while wanted and (len(asked) < _LEAST_ASKED or under_way + wanted[0].end - wanted[0].begin <= _MOST_ASKED_BYTES):
-                ask = wanted.popleft()
-                asked.append(ask)
-                under_way += ask.end - ask.begin
-                requests.append(ask.request)
-            if requests:
-                wire.send(b"".join(requests))
-            ask = asked.popleft()
-            under_way -= ask.end - ask.begin
+        asking = _Asking(wire, [_Ask(i, 0, min(len(out[i]), _FIRST), True, command(b"GET", names[i])) for i in indices])
+        while (ask := asking.next()) is not None:
             i = ask.value
             if ask.is_head:
                 there, head = self._receive_head(wire, ask, out[i])
                 if head is not None:
-                    sizes[i] = head.size
                     parts = [(self._part(names[i], head.write, number), begin, end) for number, begin, end in head.parts()]
-                    wanted.extendleft(_Ask(i, begin, end, False, command(b"GET", part)) for part, begin, end in reversed(parts))
+                    asking.send(*[_Ask(i, begin, end, False, command(b"GET", part)) for part, begin, end in parts])
+                    wire.take_last(out[i][: head.first])
+                    sizes[i] = head.size
                 elif there:
                     broken.add(i)
             elif not self._receive_part(wire, ask, out[i]):
                 sizes[i] = None
                 broken.add(i)
-                wanted = deque(other for other in wanted if other.value != i)
+                asking.give_up(i)
 
     def _receive_head(self, wire: Wire, ask: _Ask, out: memoryview) -> tuple[bool, _Head | None]:
-        """Whether something damaged or foreign stands there; the head of a value that fits, whose first part was received."""
+        """Whether something damaged or foreign stands there; the head of a value that fits, whose first bytes come next."""
         size = wire.size(ask.end > _LARGE)
         if isinstance(size, ErrorReply):
             self._told(size)
@@ -271,7 +296,6 @@ class RedisBackend:
         head, rest = _read_head(bytes(scratch)), size - len(scratch)
         whole = head is not None and rest == head.first
         if head is not None and whole and head.size <= len(out):
-            wire.take_last(out[:rest])
             return False, head
         self._skip(wire, rest)
         wire.end()
