@@ -86,14 +86,17 @@ class _Asking:
         self._wire = wire
         self._wanted = deque(wanted)
         self._asked: deque[_Ask] = deque()
+        #: The one that is being received; it counts as under way.
+        self._current: _Ask | None = None
         self._bytes = 0
 
     def send(self, *first: _Ask) -> None:
         """Ask for as much as may be under way, for ``first`` before the others."""
         wanted, asked = self._wanted, self._asked
         wanted.extendleft(reversed(first))
+        least = _LEAST_ASKED - (self._current is not None)
         requests = []
-        while wanted and (len(asked) < _LEAST_ASKED or self._bytes + wanted[0].end - wanted[0].begin <= _MOST_ASKED_BYTES):
+        while wanted and (len(asked) < least or self._bytes + wanted[0].end - wanted[0].begin <= _MOST_ASKED_BYTES):
             ask = wanted.popleft()
             asked.append(ask)
             self._bytes += ask.end - ask.begin
@@ -103,12 +106,12 @@ class _Asking:
 
     def next(self) -> _Ask | None:
         """Whose reply is the next one; ``None`` after the last."""
+        if self._current is not None:
+            self._bytes -= self._current.end - self._current.begin
+            self._current = None
         self.send()
-        if not self._asked:
-            return None
-        ask = self._asked.popleft()
-        self._bytes -= ask.end - ask.begin
-        return ask
+        self._current = self._asked.popleft() if self._asked else None
+        return self._current
 
     def give_up(self, value: int) -> None:
         """Ask for no more of a value."""
