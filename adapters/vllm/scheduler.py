@@ -23,7 +23,7 @@ from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
 from .pools import drop_pool, offer_pool
 from .requests import CopyRecord, Filling, RequestState
 from .settings import Settings, unserved, with_model
-from .stats import Counts, Published
+from .stats import Counts, Published, rate
 from .storing import store_orders
 from .texts import AdapterVersions, must_compute, namespace_of, refusal, wishes_of
 
@@ -66,6 +66,7 @@ class SchedulerHalf:
         self._next_copy = 0
         self._loads: list[CopyOrder] = []
         self._newly_held: set[str] = set()
+        self._restarted: set[str] = set()  # preempted since the last step, because a load failed
         self._step = 0
         self._healed = -1
         self._freed_step = 0  # the last step up to which a request may have run whose blocks came free
@@ -254,7 +255,7 @@ class SchedulerHalf:
         """What workers have to do in the step that vLLM has just scheduled."""
         self._renew()
         self._step += 1
-        preempted = frozenset(output.preempted_req_ids or ())
+        preempted = frozenset(output.preempted_req_ids or ()) | self._restarted
         if preempted:
             self._freed_step = self._step
         for name in preempted:
@@ -283,11 +284,11 @@ class SchedulerHalf:
             forward=output.total_num_scheduled_tokens > 0,
             early=not getattr(output, "new_block_ids_to_zero", None),
             behind=self._step - self._freed_step < self._steps_in_flight,
-            spoilt=begun if preempted or getattr(output, "new_block_ids_to_zero", None) else frozenset(),
+            spoilt=begun if output.preempted_req_ids or getattr(output, "new_block_ids_to_zero", None) else frozenset(),
             quick_pass=quick(output.total_num_scheduled_tokens, sum(order.tokens for order in self._loads)),
             healed=self._healed,
         )
-        self._loads, self._newly_held, self._renewed = [], set(), False
+        self._loads, self._newly_held, self._restarted, self._renewed = [], set(), set(), False
         self._going_on = list(output.scheduled_cached_reqs.req_ids)
         return orders
 
@@ -383,7 +384,7 @@ class SchedulerHalf:
             logger.info(
                 "LMKV: Retrieved %d out of %d required tokens (from %d total tokens). size: %.4f gb, cost %.4f ms, "
                 "throughput: %.4f GB/s; for request %s",
-                *(order.tokens, order.tokens, state.hit_tokens, *_rate(size, record.seconds), state.id),
+                *(order.tokens, order.tokens, state.hit_tokens, *rate(size, record.seconds), state.id),
             )
 
     def _stored(self, record: CopyRecord, filling: Filling) -> None:
@@ -406,7 +407,7 @@ class SchedulerHalf:
         if self._settings.log_requests:
             logger.info(
                 "LMKV: Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s; for request %s",
-                *(stored, order.tokens, *_rate(size, record.seconds), state.id),
+                *(stored, order.tokens, *rate(size, record.seconds), state.id),
             )
 
     def _drop_filling(self, state: RequestState) -> None:
@@ -455,7 +456,10 @@ class SchedulerHalf:
         if len(windows) == 1 and not any(windows) and not self._vllm_config.scheduler_config.async_scheduling:
             return None
         caching = bool(self._vllm_config.cache_config.enable_prefix_caching)
-        return spoilt_requests(invalid, self._copies.values(), self._requests.values(), caching=caching)
+        names, blocks = spoilt_requests(invalid, self._copies.values(), self._requests.values(), caching=caching)
+        self._restarted |= names
+        self._freed_step = self._step
+        return names, blocks
 
     @property
     def holds_blocks(self) -> bool:
@@ -493,8 +497,3 @@ class SchedulerHalf:
             self.store.close()
             self.store = None
             self.refusal = "the store was closed"
-
-
-def _rate(size: int, seconds: float) -> tuple[float, float, float]:
-    """GB, milliseconds, GB/s."""
-    return size / 1e9, seconds * 1e3, size / 1e9 / seconds if seconds else 0.0

@@ -10,7 +10,7 @@ from ...chunks import TOKEN_BYTES
 from ...events import Event
 from ...handles import Reservation
 
-__all__ = ["Counts", "Published"]
+__all__ = ["Counts", "Published", "rate"]
 
 _FAILURES = ("tier_failed", "load_failed", "corrupt", "write_dropped")
 
@@ -118,3 +118,8 @@ class Published:
         with self._lock:
             taken, self._waiting = self._waiting, []
         return taken
+
+
+def rate(size: int, seconds: float) -> tuple[float, float, float]:
+    """GB, milliseconds, GB/s."""
+    return size / 1e9, seconds * 1e3, size / 1e9 / seconds if seconds else 0.0

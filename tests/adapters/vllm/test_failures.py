@@ -79,6 +79,8 @@ def test_answers_on_unfilled_blocks_are_dropped(
     again = scheduler.schedule()
     assert again.num_scheduled_tokens == {"one": 300}  # from the first token on, nothing of it loaded
     assert not again.kv_connector_metadata.loads
+    assert again.kv_connector_metadata.preempted == {"one"}  # its blocks came free while the step ahead still writes to them
+    assert again.kv_connector_metadata.behind
     found += answer(scheduler, ahead, 402)
     queue, token = [again], 1
     while queue:
