@@ -185,6 +185,23 @@ def test_what_is_still_being_loaded_is_waited_for(machine: Callable[..., Machine
     rank.check_pages()
 
 
+@pytest.mark.parametrize("page", [1, 16])
+def test_of_a_text_computed_twice_is_kept_what_the_tree_has(page: int, machine: Callable[..., Machine]) -> None:
+    rank = machine("mha", page, chunk_tokens=64)
+    first, second = rank.admit(TEXT), rank.admit(TEXT)  # neither finds the other's
+    slots = rank.requests.req_to_token[second.req_pool_idx, : len(TEXT) // page * page].long()  # whole pages are shared
+    for part in rank._tensors():
+        part[slots] ^= 1  # as another order of sums would give
+    rank.finish(first)
+    more = range(200, 241)
+    rank.finish(second, more)  # its text goes on within the first one's last chunk; the tree keeps the first one's pages
+    longer = [*TEXT, *more]
+    rank.flush()
+    held = (len(longer) - 1) // page * page
+    assert rank.admit(longer).cached == (0, held)  # bits are compared in there
+    assert held > len(TEXT) + 16
+
+
 def test_two_loads_of_one_text_leave_nothing_to_be_written_later(
     machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
