@@ -3,14 +3,24 @@
 Each case (way in, page size, CUDA graphs or none, overlap schedule or none, loads by layers or not) is an engine in a process
 of its own, on a small saved model with random weights whose outputs react to the KV of every position. Ways in: ``radix`` is
 ``--enable-lmcache`` of SGLang 0.5.17, ``layer_first`` and ``page_first`` are HiCache with those host pools and LMKV as its
-storage. Prompts are computed (cold), read from SGLang's own tree (local) and, once that is flushed, from LMKV (loaded). Where
-the number of tokens to compute behind the hit is the same, the model runs in the same shape on the same bits, so on a GPU local
-and loaded must agree exactly (a CPU's sums depend on where a tensor begins in memory); cold and loaded must have equal greedy
-tokens and log-probabilities within a tolerance. The same is asked of generated tokens, the last of which are computed while
+storage. Prompts are computed (cold), read from SGLang's own tree (local), twice, and, once that is flushed, from LMKV (loaded),
+then from the tree again, flushed and loaded again. The same is asked of generated tokens, the last of which are computed while
 their request ends. Then single positions are corrupted in the slots, which must be seen. Last, more known prompts than SGLang
 has room for come at once, again and again, and end at different times, so that pages are given from one to the next while steps
 run. A case with a restart starts a second engine on the first one's disk directory. One JSON object a line: the case, what was
 found, ``ok``. Exit status 1 if a case failed.
+
+Bytes decide (radix). Before each flush the pool, at the slots where SGLang's tree has a text, is compared with what LMKV keeps
+of it, position by position. Without a load in between they are equal. After a load they are equal at every position loaded;
+behind it they may differ (``anew``), because those tokens were computed once more, in batches of another shape, and LMKV keeps
+what it had. Answers must differ by no more than the engine's noise, which two equal requests show, where the same work is done
+on the same bits. That is not so for all steps of local and loaded. SGLang takes from a tree at most all tokens of a prompt but
+one, in whole pages; it computes the others, and once their prefill is done it has the request go on with the tree's slots
+where the tree has these tokens, too. So a request whose whole text is in the tree reads, from its second step on, KV that
+another request computed for the tokens behind the hit; one that was loaded reads its own. Where ``tail_differs`` says that
+these bytes differ, only the first step must agree within the noise, and the others as cold and loaded must: in greedy tokens,
+and in log-probabilities within a tolerance. (A CPU's sums depend on where a tensor begins in memory: it is given a little
+noise.)
 """
 
 from __future__ import annotations
@@ -36,7 +46,7 @@ sys.path.insert(0, str(HERE.parent / "adapters" / "vllm"))
 
 #: Largest difference of log-probabilities between computed and loaded: the last step has another shape and order of sums.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
-#: The same where the same work is done on the same bits.
+#: The same where the same work is done on the same bits, at least; more if the engine differs from itself by more.
 NOISE = {"cpu": 1e-5, "cuda": 0.0}
 LENGTHS = (129, 257, 1025, 2000, 3001)
 HOSTED = ("layer_first", "page_first")
@@ -59,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="of SGLang's KV memory")
     parser.add_argument("--short", action="store_true", help="few and short prompts")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    parser.add_argument("--plant", default="", choices=("", "byte", "stale", "load"), help="an error that must be found")
     parser.add_argument("--limit", type=float, default=240, help="seconds a case may take")
     parser.add_argument("--total", type=float, default=86400, help="seconds for all cases; what has no time left is not begun")
     parser.add_argument("--log", help="folder for the processes' output")
@@ -187,6 +198,20 @@ class Case:
                 raise RuntimeError("expected SGLang's cache to be flushed; it refuses")
             time.sleep(0.1)
 
+    def look(self, prompts: list[list[int]], answers: list[Any]) -> list[dict[str, Any]]:
+        """Flush, and what the tree had and LMKV keeps just before of prompts with their answers; empty behind HiCache."""
+        if self.hosted:
+            self.flush()
+            return []
+        texts, found = Path(f"{self.probe}.texts"), Path(f"{self.probe}.found")
+        found.unlink(missing_ok=True)
+        # another file until it is whole
+        part = texts.with_suffix(".writing")
+        part.write_text(json.dumps([prompt + answer[0] for prompt, answer in zip(prompts, answers, strict=True)]))
+        part.rename(texts)
+        self.flush()
+        return json.loads(found.read_text())
+
     def apart(self, a: list[Any], b: list[Any]) -> float:
         """Largest difference of log-probabilities up to where greedy tokens part, infinite if they part at more than a tie."""
         worst = 0.0
@@ -199,44 +224,115 @@ class Case:
                     break
         return worst
 
-    def same_work(self, a: list[Any], b: list[Any]) -> tuple[int, float]:
-        """How many prompts had the same number of cached tokens, and how far these answers are apart."""
-        same = [(one, other) for one, other in zip(a, b, strict=True) if one[2] == other[2]]
-        return len(same), self.apart([one for one, _ in same], [other for _, other in same])
+    def first_steps(self, a: list[Any], b: list[Any]) -> float:
+        """As :meth:`apart`, of the first step alone."""
+        return self.apart(*([(tokens[:1], steps[:1]) for tokens, steps, *_ in answers] for answers in (a, b)))
+
+    def reread(self, prompts: list[list[int]]) -> tuple[dict[str, Any], list[Any], list[Any]]:
+        """Texts that the tree has are asked for from it, loaded, asked for from it again and loaded again.
+
+        Returns:
+            What was seen, the tree's answers and those from loaded KV.
+        """
+        local, local2 = self.ask(prompts), self.ask(prompts)
+        bytes_local = self.look(prompts, local)
+        loaded, again = self.ask(prompts), self.ask(prompts)
+        bytes_loaded = self.look(prompts, loaded)
+        loaded2 = self.ask(prompts)
+        bytes_loaded2 = self.look(prompts, loaded2)
+        noise = {"local": self.apart(local, local2), "loaded": self.apart(loaded, loaded2)}
+        self.noise = max(self.noise, *noise.values())
+        same = [number for number, (one, other) in enumerate(zip(local, loaded, strict=True)) if one[2] == other[2]]
+        ours, theirs = ([answers[number] for number in same] for answers in (local, loaded))
+        found: dict[str, Any] = {"noise": noise, "same_work": len(same)}
+        found["first_step"] = self.first_steps(ours, theirs)
+        found["local_and_loaded"] = self.apart(ours, theirs)
+        found["loaded_and_again"] = self.apart(loaded, again)
+        exact = same  # texts all of whose steps are the same work
+        if not self.hosted:
+            found["kv_local"] = self.bytes_of(bytes_local, [0] * len(prompts))
+            found["kv_loaded"] = self.bytes_of(bytes_loaded, [answer[2] for answer in loaded], loads=True)
+            found["kv_loaded2"] = self.bytes_of(bytes_loaded2, [answer[2] for answer in loaded2], loads=True)
+            found |= self.tails(prompts, bytes_local, bytes_loaded, local, loaded)
+            exact = [number for number in same if not found["tail_differs"][number]]
+        found["exact"] = self.apart([local[number] for number in exact], [loaded[number] for number in exact])
+        kv = [found[name]["right"] for name in ("kv_local", "kv_loaded", "kv_loaded2") if name in found]
+        found["right"] = (
+            len(same) > 0
+            and all(kv)
+            and not any(found.get("hit_differs", []))
+            and self.noise <= self.tolerance
+            and found["first_step"] <= self.noise
+            and found["exact"] <= self.noise
+            and found["local_and_loaded"] <= self.tolerance
+            and found["loaded_and_again"] <= self.noise
+        )
+        return found, local, loaded
+
+    @staticmethod
+    def tails(prompts: Any, a: list[Any], b: list[Any], local: list[Any], loaded: list[Any]) -> dict[str, Any]:
+        """Where the tree had other bytes for local than for loaded: within the hit (never right), in the prompt behind it."""
+        hit, tail = [], []
+        for prompt, one, other, answer, reply in zip(prompts, a, b, local, loaded, strict=True):
+            both = zip(one["digests"], other["digests"], strict=False)
+            apart = [at for at, (x, y) in enumerate(both) if x != y and at < len(prompt)]
+            cached = min(answer[2], reply[2])
+            hit.append([at for at in apart if at < cached])
+            tail.append([at for at in apart if at >= cached])
+        return {"hit_differs": hit, "tail_differs": tail}
+
+    @staticmethod
+    def bytes_of(texts: list[dict[str, Any]], cached: list[int], *, loads: bool = False) -> dict[str, Any]:
+        """Whether what the tree has of texts and what LMKV keeps are the same bytes.
+
+        Args:
+            cached: tokens that were loaded, where texts were ``loads``; what lies behind them was computed anew.
+        """
+        wrong = [[at for at in text["differ"] if not loads or at < n] for text, n in zip(texts, cached, strict=True)]
+        anew = [[at for at in text["differ"] if loads and at >= n] for text, n in zip(texts, cached, strict=True)]
+        found: dict[str, Any] = {"tree": [text["tree"] for text in texts], "kept": [text["kept"] for text in texts]}
+        found |= {"kv_differs": wrong, "anew": anew, "same_slots": all(text["same_slots"] for text in texts)}
+        whole = all(text["kept"] >= text["tree"] > 0 for text in texts)
+        if loads:
+            found["loaded"] = [text["loaded"] for text in texts]
+            whole = whole and all([0, n] in text["loaded"] for text, n in zip(texts, cached, strict=True))
+        found["right"] = whole and not any(wrong) and found["same_slots"]
+        return found
 
     def run(self, restart: bool) -> dict[str, Any]:
         """All comparisons."""
         found: dict[str, Any] = {}
         cold = self.ask(self.aligned)
-        local = self.ask(self.aligned)
-        self.flush()
-        loaded = self.ask(self.aligned)
+        found["aligned"], local, loaded = self.reread(self.aligned)
         found["cached"] = {"cold": [c[2] for c in cold], "local": [c[2] for c in local], "loaded": [c[2:] for c in loaded]}
-        found["same_work"], found["local_and_loaded"] = self.same_work(local, loaded)
+        found["local_and_loaded"] = found["aligned"]["local_and_loaded"]
         found["cold_and_loaded"] = self.apart(cold, loaded)
         found["cold_and_local"] = self.apart(cold, local)
-        self.flush()
         odd_cold = self.ask(self.odd, together=True)
-        self.flush()
+        kept = self.look(self.odd, odd_cold)
         odd_loaded = self.ask(self.odd, together=True)
         found["odd_cold_and_loaded"] = self.apart(odd_cold, odd_loaded)
         found["odd_cached"] = [c[2] for c in odd_loaded]
+        reread = self.look(self.odd, odd_loaded)
+        found["odd_kv"] = [self.bytes_of(kept, [0] * len(kept))] if kept else []
+        found["odd_kv"] += [self.bytes_of(reread, found["odd_cached"], loads=True)] if reread else []
         found["generated"] = self.generated()
         found["corruption_seen"] = "not tried" if self.hosted else self.corruption()
-        found["churn"], found["churn_cached"] = self.churn()
+        found |= self.churn()
         limit = max(self.tolerance, 2 * found["cold_and_local"])
         page = self.settings["page_size"]
         full = all(c[3] >= (len(p) - 1) // page * page for p, c in zip(self.aligned, loaded, strict=True))
         found["full_hits"] = full
         good = [
             full,
-            found["same_work"] > 0,
-            found["local_and_loaded"] <= self.noise,
+            found["aligned"]["right"],
+            all(one["right"] for one in found["odd_kv"]),
             found["cold_and_loaded"] <= limit,
             found["odd_cold_and_loaded"] <= limit,
             found["generated"]["right"],
             found["corruption_seen"] in ("all", "not tried"),
             found["churn"] <= limit,
+            not found["churn_kv_differs"],
         ]
         if restart:
             time.sleep(3)  # SGLang kills its processes when it ends; what is kept is written behind
@@ -256,32 +352,37 @@ class Case:
         lengths = [9 + 8 * number for number in range(len(prompts))]
         answers = self.ask(prompts, together=True, tokens=lengths)
         longer = [prompt + answer[0] for prompt, answer in zip(prompts, answers, strict=True)]
-        local = self.ask(longer)
-        self.flush()
-        loaded = self.ask(longer)
-        same_work, difference = self.same_work(local, loaded)
-        cached = [(len(text), a[2], b[2]) for text, a, b in zip(longer, local, loaded, strict=True)]
+        found, local, loaded = self.reread(longer)
+        found["cached"] = [(len(text), a[2], b[2]) for text, a, b in zip(longer, local, loaded, strict=True)]
         page = self.settings["page_size"]  # generated tokens are among what was loaded
         beyond = all(b[3] > len(p) // page * page for p, b in zip(prompts[-2:], loaded[-2:], strict=True))
-        right = difference <= self.noise and same_work > 0 and beyond
-        return {"same_work": same_work, "difference": difference, "right": right, "cached": cached}
+        found["right"] = found["right"] and beyond
+        return found
 
-    def churn(self) -> tuple[float, float]:
-        """How far answers are from computed ones while pages change hands all the time; share of tokens that was loaded."""
+    def churn(self) -> dict[str, Any]:
+        """How far answers are from computed ones while pages change hands all the time; share of tokens that was loaded.
+
+        Positions that a request read are never other bytes than LMKV's: those in the tree at the end of a round are compared.
+        """
         computed = []
         for prompt in self.many:
             self.flush()
             computed += self.ask([prompt])
-        worst, cached, asked = 0.0, 0, 0
+        self.flush()
+        worst, cached, asked, seen, differ = 0.0, 0, 0, 0, []
         for _ in range(4):
-            self.flush()
             order = self.random.sample(range(len(self.many)), len(self.many))
             tokens = [self.random.randrange(1, 40) for _ in order]
-            found = self.ask([self.many[i] for i in order], together=True, tokens=tokens)
+            prompts = [self.many[i] for i in order]
+            found = self.ask(prompts, together=True, tokens=tokens)
             worst = max(worst, self.apart([computed[i] for i in order], found))
             cached += sum(answer[2] for answer in found)
             asked += sum(map(len, self.many))
-        return worst, round(cached / asked, 4)
+            for number, text, answer in zip(order, self.look(prompts, found), found, strict=False):
+                seen += text["tree"]
+                differ += [(number, at) for at in text["differ"] if at < answer[2]]
+        shares = {"churn_cached": round(cached / asked, 4), "churn_compared": seen}
+        return {"churn": worst, **shares, "churn_kv_differs": differ[:20]}
 
     def corruption(self) -> str:
         """Whether a change of single positions in the slots is seen."""
@@ -331,9 +432,11 @@ def environment(args: argparse.Namespace, door: str, scratch: Path) -> dict[str,
     site = scratch / "site"
     plugins = {"probe": "sglang_probe:register"}
     paths = [str(site), str(HERE)]
-    if args.device == "cpu" and door in HOSTED:
-        plugins["hostcopies"] = "sglang_host_copies:register"
+    if args.device == "cpu":
+        plugins["pages"] = "sglang_page_kernels:register"
         paths.append(str(HERE.parent / "support"))
+        if door in HOSTED:
+            plugins["hostcopies"] = "sglang_host_copies:register"
     for name, target in plugins.items():
         info = site / door / f"lmkv_test_{name}-1.0.dist-info"
         info.mkdir(parents=True, exist_ok=True)
@@ -362,6 +465,7 @@ def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], mode
     probe.write_text("")
     begun, code, text = time.time(), None, ""
     environ = {**os.environ, **environment(args, case["door"], model.parent), "PROBE_FILE": str(probe)}
+    environ["PROBE_PLANT"] = args.plant
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
         while code is None and time.time() - begun < limit:
