@@ -128,7 +128,8 @@ def open_tree(context: Any, settings: Settings, *, params: Any, **_: Any) -> Any
     waits = _layer_waits(params.token_to_kv_pool_allocator.get_kvcache(), pages, settings, arguments)
     reuse = TokenReuse(pages, agree, told, queued=queued, order=order, waits=waits)
     least = settings.min_load_tokens
-    tree = LMKVRadixCache(params, reuse, min_load_tokens=least, forgets_on_flush=not sees_weights)
+    late = _results_before_steps()
+    tree = LMKVRadixCache(params, reuse, min_load_tokens=least, forgets_on_flush=not sees_weights, last_may_be_late=late)
     layout, ranks = pages.store.layout, "one rank" if rank.tp_size == 1 else f"one of {rank.tp_size} ranks"
     served = f"pages of {params.page_size}, chunks of {layout.chunk_tokens} tokens, {layout.token_bytes} bytes a token"
     if rank.tp_rank == 0:  # it speaks for all
@@ -152,6 +153,17 @@ def _layer_waits(kvcache: Any, pages: PageStore, settings: Settings, arguments: 
     waits = LayerWaits()
     kvcache.register_layer_transfer_counter(waits)
     return waits
+
+
+def _results_before_steps() -> bool:
+    """Whether the overlap schedule may handle a prefill's result before it submits the next step, whose batch is made already.
+
+    With chunks of prompts mixed into decode steps, that step computes last tokens of requests that end by that result.
+    """
+    from sglang.srt.environ import envs
+
+    flag = getattr(envs, "SGLANG_DISABLE_CONSECUTIVE_PREFILL_OVERLAP", None)
+    return flag is not None and bool(flag.get())
 
 
 class _Knows:

@@ -30,13 +30,23 @@ class LMKVRadixCache(RadixCache):
         reuse: this rank's store.
         min_load_tokens: shorter hits beyond the tree are computed instead.
         forgets_on_flush: a flush may be the only sign of changed weights.
+        last_may_be_late: a request may end before the step that computes its last token is submitted.
 
     Attributes:
         lmkv: the store, as the tree asks it.
     """
 
-    def __init__(self, params: Any, reuse: TokenReuse, *, min_load_tokens: int = 1, forgets_on_flush: bool = False) -> None:
+    def __init__(
+        self,
+        params: Any,
+        reuse: TokenReuse,
+        *,
+        min_load_tokens: int = 1,
+        forgets_on_flush: bool = False,
+        last_may_be_late: bool = False,
+    ) -> None:
         self.lmkv = reuse
+        self._last_may_be_late = last_may_be_late
         self._forgets = forgets_on_flush
         self._least = max(1, min_load_tokens)
         #: What is being kept, by the node that ends with its last token.
@@ -117,7 +127,9 @@ class LMKVRadixCache(RadixCache):
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
         if keeps and not self.disable_finished_insert:
             held = super().match_prefix(MatchPrefixParams(key=RadixKey(tokens, req.extra_key)))
-            kept = self.lmkv.keep(req, tokens[: len(held.device_indices)], held.device_indices)
+            # a copy can't be ordered behind a step that is not submitted yet; the tree's readers are, as later steps
+            count = min(len(held.device_indices), len(_text(req)) - self._last_may_be_late)
+            kept = self.lmkv.keep(req, tokens[:count], held.device_indices[:count])
             if kept is not None:
                 self._kept = {node: left for node, all_ in self._kept.items() if (left := [f for f in all_ if not f.done()])}
                 self._kept.setdefault(held.last_device_node, []).append(kept)

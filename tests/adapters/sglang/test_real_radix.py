@@ -202,6 +202,29 @@ def test_of_a_text_computed_twice_is_kept_what_the_tree_has(page: int, machine: 
     assert held > len(TEXT) + 16
 
 
+@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_last_token_that_is_computed_later_is_not_kept(
+    page: int, late: bool, machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_DISABLE_CONSECUTIVE_PREFILL_OVERLAP", str(late))
+    rank = machine("mha", page)
+    rank.tree = LMKVRadixCache(rank.params, rank.reuse, last_may_be_late=radix._results_before_steps())
+    whole = [*TEXT[:97], 200, 201, 202]
+    request = rank.admit(whole[:97])
+    request.output_ids = array("q", whole[97:])
+    rank._compute(request, len(whole))  # with overlap the step behind the last one is counted when the request ends
+    last = rank.requests.req_to_token[request.req_pool_idx, len(whole) - 1].long()
+    if late:
+        for part in rank._tensors():
+            part[last] ^= 1  # not computed yet
+    rank.tree.cache_finished_req(request, kv_len_to_handle=len(whole))
+    rank.requests.free_slots.append(request.req_pool_idx)
+    rank.flush()
+    held = (len(whole) - late) // page * page
+    assert rank.admit([*whole, 7]).cached == (0, held)  # bits are compared in there
+
+
 def test_two_loads_of_one_text_leave_nothing_to_be_written_later(
     machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
