@@ -346,17 +346,27 @@ class Case:
         return found
 
     def generated(self) -> dict[str, Any]:
-        """Whether generated tokens' KV is kept as it is: a request's last token is computed while the request ends."""
+        """Whether generated tokens' KV is kept as it is: a request's last token is computed while the request ends.
+
+        Asked for is one token more, so that the last one generated is among what is loaded.
+        """
         self.flush()
+        lengths = [9 + 8 * number for number in range(len(self.odd))]
+        others = [[*prompt[:190], 100 + number] for number, prompt in enumerate(self.odd)]
+        # what was kept while they ended one after the other, before later requests keep these tokens again
+        ended = self.look(others, self.ask(others, together=True, tokens=lengths))
         prompts = [[*prompt[:190], number] for number, prompt in enumerate(self.odd)]
-        lengths = [9 + 8 * number for number in range(len(prompts))]
         answers = self.ask(prompts, together=True, tokens=lengths)
-        longer = [prompt + answer[0] for prompt, answer in zip(prompts, answers, strict=True)]
+        longer = [[*prompt, *answer[0], number] for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))]
+        self.ask(longer)  # the tree has all of them now, and each request finds as much
         found, local, loaded = self.reread(longer)
         found["cached"] = [(len(text), a[2], b[2]) for text, a, b in zip(longer, local, loaded, strict=True)]
         page = self.settings["page_size"]  # generated tokens are among what was loaded
         beyond = all(b[3] > len(p) // page * page for p, b in zip(prompts[-2:], loaded[-2:], strict=True))
         found["right"] = found["right"] and beyond
+        if ended:
+            found["kv_ended"] = self.bytes_of(ended, [0] * len(ended))
+            found["right"] = found["right"] and found["kv_ended"]["right"]
         return found
 
     def churn(self) -> dict[str, Any]:
