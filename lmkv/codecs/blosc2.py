@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..errors import ConfigError, CorruptRecordError
@@ -10,6 +11,8 @@ __all__ = ["Blosc2Codec"]
 
 #: Blosc2's own limit of one buffer.
 _MAX_BYTES = 2**31 - 1 - 32
+#: Decoding is waited for; more threads than this gain little.
+_MOST_THREADS = 4
 
 
 class Blosc2Codec:
@@ -17,6 +20,8 @@ class Blosc2Codec:
 
     Args:
         itemsize: bytes of the layout's elements; the shuffle splits at it.
+        threads: that decode one payload; by default as many as there are processors, up to four. Encoding, behind which nobody
+            waits, takes one.
 
     Raises:
         ConfigError: the package is not installed.
@@ -24,7 +29,7 @@ class Blosc2Codec:
 
     name = "blosc2"
 
-    def __init__(self, itemsize: int = 2) -> None:
+    def __init__(self, itemsize: int = 2, *, threads: int | None = None) -> None:
         try:
             import blosc2
         except ImportError:
@@ -33,6 +38,7 @@ class Blosc2Codec:
             ) from None
         self._blosc2: Any = blosc2
         self._itemsize = itemsize
+        self._threads = threads or min(_MOST_THREADS, os.cpu_count() or 1)
 
     def encode(self, payload: memoryview) -> bytes:
         """Compressed payload.
@@ -61,7 +67,7 @@ class Blosc2Codec:
             size = b.get_cbuffer_sizes(bytes(data[:32]))[0]
             if size != len(out):
                 raise CorruptRecordError(f"expected {len(out)} bytes after decoding; the data holds {size}")
-            b.decompress2(data, dst=out, nthreads=1)
+            b.decompress2(data, dst=out, nthreads=self._threads)
         except (RuntimeError, ValueError, TypeError) as error:
             raise CorruptRecordError(f"expected data that Blosc2 can decode; it says: {error}") from None
 

@@ -26,20 +26,19 @@ noise.)
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from engine_processes import run_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "adapters" / "vllm"))
@@ -463,7 +462,7 @@ def environment(args: argparse.Namespace, door: str, scratch: Path) -> dict[str,
 
 
 def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
-    """One case in a process of its own; what it found. An engine's processes may outlive their parent: all are ended."""
+    """One case in a process of its own; what it found."""
     limit = min(args.limit, args.total - (time.monotonic() - BEGUN))
     if limit < 10:
         return {**case, "ok": False, "error": "not begun: no time was left"}
@@ -473,29 +472,21 @@ def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], mode
     name = "-".join(str(value) for value in case.values())
     log, probe = folder / f"{name}.log", folder / f"{name}.probe"
     probe.write_text("")
-    begun, code, text = time.time(), None, ""
     environ = {**os.environ, **environment(args, case["door"], model.parent), "PROBE_FILE": str(probe)}
     environ["PROBE_PLANT"] = args.plant
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
-        while code is None and time.time() - begun < limit:
-            time.sleep(0.3)
-            code = process.poll()
-            text = log.read_text(errors="replace")
-            if any(line.startswith("R {") and line.endswith("}") for line in text.splitlines()[-40:]):
-                code = 0
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    lines = log.read_text(errors="replace").splitlines()
-    results = [json.loads(line[line.index("R {") + 2 :]) for line in lines if "R {" in line]
+    ended = run_process(command, log, limit=limit, said_all=lambda lines: any(map(_is_result, lines[-40:])), environ=environ)
+    lines, results = ended.lines, ended.results
     if not results:
         print(name, *lines[-30:], sep="\n", file=sys.stderr)
-        results = [{"ok": False, "error": f"no result; exit status {code}, log {log}"}]
+        results = [{"ok": False, "error": f"no result; exit status {ended.code}, log {log}"}]
     active = any("LMKV: active" in line for line in lines)
     troubles = sorted({line[line.index("LMKV: ") :][:200] for line in lines if "LMKV: " in line and "LMKV: active" not in line})
     ok = bool(results[-1]["ok"]) and active
-    return {**case, **results[-1], "active": active, "told": troubles, "ok": ok, "seconds": round(time.time() - begun, 1)}
+    return {**case, **results[-1], "active": active, "told": troubles, "ok": ok, "seconds": ended.seconds}
+
+
+def _is_result(line: str) -> bool:
+    return line.startswith("R {") and line.endswith("}")
 
 
 def main() -> int:
