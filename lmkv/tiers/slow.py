@@ -221,17 +221,18 @@ class SlowTier:
         with self._counting:
             self.read_chunks += sum(done)
             self._moved["read"][0] += sum(size for size, good in zip(sizes, done, strict=True) if size and good)
-        lost = [chunk.key for chunk, size_read in zip(chunks, sizes, strict=True) if size_read is None]
+        lost = {chunk.key: buffer for chunk, buffer, size_read in zip(chunks, buffers, sizes, strict=True) if size_read is None}
         if lost and not isinstance(self.backend, ReadOnly):
             self._drop_unreadable(lost)
         return done
 
-    def _drop_unreadable(self, keys: Sequence[ChunkKey]) -> None:
+    def _drop_unreadable(self, lost: dict[ChunkKey, memoryview]) -> None:
         """Remove what stands there though it can't be read, such as an encrypted record, larger than one in the clear: so
-        that it is written anew."""
+        that it is written anew. What was being replaced, or has come since, is there when it is read again, and stays."""
         with contextlib.suppress(BackendError):
-            there = self.backend.contains_many(keys)
-            unreadable = [key for key, held in zip(keys, there, strict=True) if held]
+            keys = [key for key, held in zip(lost, self.backend.contains_many(list(lost)), strict=True) if held]
+            sizes = self.backend.read_many(keys, [lost[key] for key in keys]) if keys else []
+            unreadable = [key for key, size_read in zip(keys, sizes, strict=True) if size_read is None]
             if unreadable:
                 self.delete(unreadable)
 

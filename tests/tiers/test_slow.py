@@ -248,3 +248,24 @@ def test_prefetch_brings_chunks_into_slots(tmp_path: Path) -> None:
         assert sum(int(str(event.detail["chunks"])) for event in loaded) == 5, "each chunk is read once"
         assert known_kv.fetch(store, tokens) == 70
         store._check()
+
+
+@pytest.mark.parametrize(("times", "left"), [(1, 5), (2, 0)])
+def test_what_is_being_replaced_while_it_is_read_stays(
+    times: int, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = list(range(70))
+    with open_store(tmp_path) as store:
+        keep(store, tokens)
+    with open_store(tmp_path) as store:
+        backend, reads = disk(store), iter(range(100))
+        read = backend.read_many
+
+        def torn(keys: Any, out: Any) -> Any:
+            return [None] * len(keys) if next(reads) < times else read(keys, out)
+
+        monkeypatch.setattr(backend, "read_many", torn)
+        monkeypatch.setattr(store._slow[0], "batch_size", lambda chunks: chunks)
+        assert known_kv.fetch(store, tokens) == 0, "a read that fails is a miss"
+        assert backend.count() == left, "only what can't be read again either goes, so that it is written anew"
+        assert known_kv.fetch(store, tokens) == (70 if left else 0)
