@@ -30,6 +30,12 @@ __all__ = ["HostPool", "MappedPool", "PoolHandle", "populate"]
 _PAGE = 4096
 _HUGE_PAGE = 2 * 1024**2
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+_MADV_COLLAPSE = 25  # since 6.1
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+#: Shared extents of at least so many bytes are whole huge pages: what that rounds up is little then.
+_LEAST_FOR_HUGE = 8 * _HUGE_PAGE
+#: What a caller who has the pool grow waits for at most: pages in bulk are cheaper than one by one at first use.
+_READY_AT_ONCE = 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,22 @@ class PoolHandle:
     slots_per_extent: int
     slots: int
     extent_bytes: int
+    collapse: bool = False
 
 
 class _Slab:
-    """Extents of slots, mapped one by one."""
+    """Extents of slots, mapped one by one.
 
-    def __init__(self, slot_bytes: int, slots_per_extent: int, slots: int, extent_bytes: int) -> None:
+    Args:
+        collapse: extents are whole huge pages of a memory file that :meth:`touch` asks the kernel to make such.
+    """
+
+    def __init__(self, slot_bytes: int, slots_per_extent: int, slots: int, extent_bytes: int, collapse: bool) -> None:
         self.slot_bytes = slot_bytes
         self.slots = slots
         self.extent_bytes = extent_bytes
         self.slots_per_extent = slots_per_extent
+        self._collapse = collapse
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         self._bases = np.empty(0, np.int64)  # addresses of the views
@@ -73,7 +85,7 @@ class _Slab:
         if mine:
             try:
                 view = self._views[number]
-                populate([(_address(view), len(view))])
+                populate([(_address(view), len(view))], collapse=self._collapse)
             except IndexError:
                 pass  # closed meanwhile
             finally:
@@ -111,9 +123,18 @@ class _Slab:
         found: npt.NDArray[np.int64] = self._bases[extents] + indices * self.slot_bytes
         return found
 
-    def _add(self, extent: mmap.mmap) -> None:
+    def _map(self, fd: int) -> None:
+        """Map the next extent of a memory file. Raises :class:`OSError`."""
+        at = self.extent_bytes * len(self._maps)
+        if self._collapse:
+            extent, begin = _map_aligned(fd, self.extent_bytes, at)
+        else:
+            extent, begin = mmap.mmap(fd, self.extent_bytes, offset=at), 0
+        self._add(extent, begin)
+
+    def _add(self, extent: mmap.mmap, begin: int = 0) -> None:
         self._maps.append(extent)
-        self._views.append(memoryview(extent))
+        self._views.append(memoryview(extent)[begin : begin + self.extent_bytes])
         self._bases = np.append(self._bases, _address(self._views[-1]))
 
     def _unmap(self) -> None:
@@ -134,8 +155,8 @@ class HostPool(_Slab):
         slots: the most slots there will ever be.
         extent_bytes: how much memory is added at a time; at least one slot.
         shared: in memory that another process can map.
-        huge_pages: ``transparent`` asks the kernel for them, ``reserved`` takes those that the administrator set aside
-            (``vm.nr_hugepages``), ``off`` asks for none.
+        huge_pages: ``transparent`` asks the kernel for them (for shared extents of at least 16 MiB, since Linux 6.1),
+            ``reserved`` takes those that the administrator set aside (``vm.nr_hugepages``), ``off`` asks for none.
         numa_node: the node whose memory is preferred, ``None`` for no preference.
 
     Raises:
@@ -159,12 +180,14 @@ class HostPool(_Slab):
             )
         slot_bytes = -(-slot_bytes // _PAGE) * _PAGE
         each = min(slots, max(1, extent_bytes // slot_bytes))
-        page = _HUGE_PAGE if huge_pages == "reserved" else _PAGE
-        super().__init__(slot_bytes, each, slots, -(-each * slot_bytes // page) * page)
+        collapse = shared and huge_pages == "transparent" and each * slot_bytes >= _LEAST_FOR_HUGE
+        page = _HUGE_PAGE if huge_pages == "reserved" or collapse else _PAGE
+        super().__init__(slot_bytes, each, slots, -(-each * slot_bytes // page) * page, collapse)
         self._huge_pages = huge_pages
         self._numa_node = numa_node
         self._free: list[int] = []
         self._used = bytearray()
+        self._ready: set[tuple[int, int]] = set()  # extents, and huge pages there that were made such before all of them were
         self._fd = -1
         if shared or huge_pages == "reserved":
             if not hasattr(os, "memfd_create"):
@@ -209,7 +232,28 @@ class HostPool(_Slab):
         for slot in taken:
             used[slot] = 1
         taken.reverse()
+        if self._collapse and any(slot // self.slots_per_extent not in self._touched for slot in taken):
+            self._make_ready(taken)
         return taken
+
+    def _make_ready(self, slots: Sequence[int]) -> None:
+        """Back the first of these slots with huge pages where nobody has begun to: at first use pages would come one by one."""
+        missing: dict[tuple[int, int], None] = {}  # extents and huge pages there, in order
+        for slot in slots:
+            extent, index = divmod(slot, self.slots_per_extent)
+            if extent not in self._touched and len(missing) * _HUGE_PAGE < _READY_AT_ONCE:
+                first, last = index * self.slot_bytes // _HUGE_PAGE, ((index + 1) * self.slot_bytes - 1) // _HUGE_PAGE
+                missing |= dict.fromkeys((extent, page) for page in range(first, last + 1))
+        missing = {page: None for page in missing if page not in self._ready}
+        self._ready |= missing.keys()
+        runs: list[list[int]] = []  # address and size
+        for extent, page in missing:
+            address = _address(self._views[extent]) + page * _HUGE_PAGE
+            if runs and address == sum(runs[-1]):
+                runs[-1][1] += _HUGE_PAGE
+            else:
+                runs.append([address, _HUGE_PAGE])
+        populate([(address, size) for address, size in runs], collapse=True)
 
     def grow_ahead(self, size: int) -> range:
         """Grow until ``size`` bytes of slots are free; returns the numbers of the new extents, for :meth:`touch`.
@@ -250,7 +294,9 @@ class HostPool(_Slab):
         """
         if self._fd < 0:
             raise ConfigError("expected a shared pool; this one is private: open the store with ram_shared: true")
-        return PoolHandle(os.getpid(), self._fd, self.slot_bytes, self.slots_per_extent, self.slots, self.extent_bytes)
+        return PoolHandle(
+            os.getpid(), self._fd, self.slot_bytes, self.slots_per_extent, self.slots, self.extent_bytes, self._collapse
+        )
 
     def close(self) -> None:
         """Unmap. Views that are still held elsewhere keep their memory until they go."""
@@ -266,18 +312,17 @@ class HostPool(_Slab):
         try:
             if self._fd >= 0:
                 os.ftruncate(self._fd, size * (len(self._maps) + 1))
-                extent = mmap.mmap(self._fd, size, offset=size * len(self._maps))
+                self._map(self._fd)
             else:
-                extent = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self._add(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             if hasattr(mmap, "MADV_HUGEPAGE") and size >= _HUGE_PAGE and self._huge_pages == "transparent":
                 with contextlib.suppress(OSError):  # a kernel without them
-                    extent.madvise(mmap.MADV_HUGEPAGE)
+                    self._maps[-1].madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             cure = ": raise vm.nr_hugepages or set ram_huge_pages to transparent" if self._huge_pages == "reserved" else ""
             raise CapacityError(f"expected {size} more bytes of memory for slots; the system says: {error}{cure}") from error
         if self._numa_node is not None:
-            _prefer_node(_address(memoryview(extent)), size, self._numa_node)
-        self._add(extent)
+            _prefer_node(_address(self._views[-1]), size, self._numa_node)
         self._used.extend(bytes(count))
         self._free.extend(range(first + count - 1, first - 1, -1))
 
@@ -292,17 +337,43 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
-def populate(ranges: Sequence[tuple[int, int]]) -> None:
+def _map_aligned(fd: int, size: int, offset: int) -> tuple[mmap.mmap, int]:
+    """Map part of a memory file where huge pages can be; returns a larger mapping that holds it, and where it begins there.
+
+    Raises:
+        OSError: it can't be mapped.
+    """
+    room = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    address = _address(memoryview(room))
+    begin = -address % _HUGE_PAGE
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    if call(address + begin, size, writable, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) != address + begin:
+        error = ctypes.get_errno()
+        room.close()
+        raise OSError(error, os.strerror(error))
+    return room, begin
+
+
+def populate(ranges: Sequence[tuple[int, int]], collapse: bool = False) -> None:
     """Have the system back memory with pages now, without changing what is in it. Best effort; releases the interpreter lock.
 
     Args:
         ranges: address and size in bytes of mapped memory.
+        collapse: these are whole huge pages of a memory file: have the kernel make them such (madvise(2), MADV_COLLAPSE),
+            whatever its setting for shared memory says. That takes a fraction of the time, and so does pinning them.
     """
     if not sys.platform.startswith("linux"):
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for address, size in ranges:
+        if collapse:  # a hole does not collapse: one page of each has to be there
+            for at in range(address, address + size, _HUGE_PAGE):
+                madvise(at, _PAGE, _MADV_POPULATE_WRITE)
+            madvise(address, size, _MADV_COLLAPSE)
         madvise(address, size, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then
 
 
@@ -327,7 +398,7 @@ class MappedPool(_Slab):
     """
 
     def __init__(self, handle: PoolHandle) -> None:
-        super().__init__(handle.slot_bytes, handle.slots_per_extent, handle.slots, handle.extent_bytes)
+        super().__init__(handle.slot_bytes, handle.slots_per_extent, handle.slots, handle.extent_bytes, handle.collapse)
         self._growing = threading.Lock()
         try:
             self._fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -351,7 +422,7 @@ class MappedPool(_Slab):
         size = self.extent_bytes
         with self._growing:
             while not self._closed and os.fstat(self._fd).st_size >= size * (len(self._maps) + 1):
-                self._add(mmap.mmap(self._fd, size, offset=size * len(self._maps)))
+                self._map(self._fd)
 
     def extents(self) -> list[tuple[int, int]]:
         """As the owner's."""

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,8 @@ def test_refusals() -> None:
         HostPool(PAGE, 1).handle()
     with pytest.raises(CapacityError, match="memory"):
         HostPool(1 << 60, 1 << 20, extent_bytes=1 << 60).allocate(1)
+    with pytest.raises(CapacityError, match="memory"):
+        HostPool(1 << 60, 1 << 20, extent_bytes=1 << 60, shared=True).allocate(1)
     with pytest.raises(CapacityError, match="can't be mapped"):
         MappedPool(PoolHandle(2**22 + 1, 3, PAGE, 4, 4, 4 * PAGE))  # beyond the largest process id there can be
 
@@ -147,7 +150,7 @@ _OTHER = """
 import sys
 from lmkv.errors import ArgumentError
 from lmkv.pool import MappedPool, PoolHandle
-pool = MappedPool(PoolHandle(*map(int, sys.argv[1:7])))
+pool = MappedPool(PoolHandle(*map(int, sys.argv[1:8])))
 print("ready", flush=True)
 for line in sys.stdin:
     word, slot, text = line.split()
@@ -167,7 +170,7 @@ class Other:
 
     def __init__(self, pool: HostPool) -> None:
         handle = pool.handle()
-        numbers = [str(n) for n in dataclasses.astuple(handle)]
+        numbers = [str(int(n)) for n in dataclasses.astuple(handle)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _OTHER, *numbers], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -309,3 +312,79 @@ def test_growing_ahead_makes_slots_free_and_changes_no_byte() -> None:
     pool.close()
     populate(ranges)  # gone meanwhile: nothing happens
     pool.touch(50)
+
+
+# -- huge pages of shared memory ----------------------------------------------------------------------------------------------
+
+
+def _huge_shared_bytes(address: int) -> int:
+    """Bytes that huge pages back in the shared mapping at an address (proc(5), ShmemPmdMapped)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "ShmemPmdMapped:":
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _collapses() -> bool:
+    """Whether this kernel makes huge pages of shared memory on demand."""
+    numbers = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    return numbers >= (6, 1) and Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+
+
+def test_large_shared_extents_become_huge_pages_and_change_no_byte() -> None:
+    pool = HostPool(1 << 20, 70, extent_bytes=32 << 20, shared=True)
+    assert pool.extent_bytes % (2 << 20) == 0
+    (slot,) = pool.allocate(1)
+    if _collapses():
+        assert _huge_shared_bytes(pool.extents()[0][0]) > 0, "what is taken before anybody made it ready"
+    pool.grow_ahead(1 << 40)
+    mapped = MappedPool(pool.handle())
+    mapped.refresh()
+    for place in (pool, mapped):
+        assert all(address % (2 << 20) == 0 and size == pool.extent_bytes for address, size in place.extents())
+    rng = np.random.default_rng(5)
+    data = rng.integers(0, 256, (70, 1 << 20), np.uint8)
+    slots = [slot, *(pool.allocate(69) or [])]
+    stop = threading.Event()
+
+    def write() -> None:
+        while True:
+            last = stop.is_set()
+            for i, one in enumerate(slots):
+                (pool if i % 2 else mapped).view(one)[:] = data[i].tobytes()
+            if last:
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for number in range(len(pool.extents())):
+            for place in (mapped, pool):
+                place.touch(number)
+    finally:
+        stop.set()
+        writer.join()
+    for i, one in enumerate(slots):
+        for place in (pool, mapped):
+            assert np.array_equal(np.frombuffer(place.view(one), np.uint8), data[i])
+    if _collapses():
+        for place in (pool, mapped):
+            assert _huge_shared_bytes(place.extents()[0][0]) > 0
+    mapped.close()
+    pool.close()
+
+
+def test_shared_extents_without_huge_pages_when_told_so_or_when_small() -> None:
+    for pool in (HostPool(1 << 20, 40, extent_bytes=32 << 20, shared=True, huge_pages="off"), HostPool(5000, 9, shared=True)):
+        assert not pool.handle().collapse
+        taken = pool.allocate(9)
+        assert taken is not None
+        pool.touch(0)
+        assert _huge_shared_bytes(pool.extents()[0][0]) == 0
+        pool.close()
+    assert HostPool(5000, 9, shared=True).extent_bytes == 9 * 8192, "no rounding up of little"
