@@ -46,6 +46,36 @@ def seconds(call: Callable[[], Any], runs: int = 9) -> float:
     return statistics.median(times)
 
 
+class Wire:
+    """Plain pinned copies of ``size`` bytes each way."""
+
+    def __init__(self, size: int = 1 << 30) -> None:
+        self.size = size
+        self._up, self._down = (torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+        self._up.random_()
+        self._there, self._here = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+        self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def copy(self, *ways: str) -> None:
+        """Up, down, or both at once; returns once that is done."""
+        if "up" in ways:
+            with torch.cuda.stream(self._streams[0]):
+                self._there.copy_(self._up, non_blocking=True)
+        if "down" in ways:
+            with torch.cuda.stream(self._streams[1]):
+                self._down.copy_(self._here, non_blocking=True)
+        torch.cuda.synchronize()
+
+
+def beside(name: str, moved: int, call: Callable[[], Any], wire: Wire, *ways: str, rounds: int = 9) -> Row:
+    """The rate at which ``call`` moves so many bytes, beside plain copies each of these ways: in turn, since both drift. The ratio
+    is the median of the rounds' ratios."""
+    plain = len(ways) * wire.size / 1e9
+    pairs = [(moved / 1e9 / seconds(call, 1), plain / seconds(lambda: wire.copy(*ways), 1)) for _ in range(rounds)]
+    ours, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
+    return row(name, ours, "GB/s", theirs) | {"ratio": round(statistics.median(a / b for a, b in pairs), 4)}
+
+
 class Slots:
     """A pinned pool with one text's chunks in it."""
 
@@ -100,27 +130,6 @@ def engine_memory(block_tokens: int, order: str) -> tuple[list[Any], np.ndarray]
     return layers, table
 
 
-class Wire:
-    """Plain pinned copies of ``size`` bytes each way."""
-
-    def __init__(self, size: int = 1 << 30) -> None:
-        self.size = size
-        self._up, self._down = (torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-        self._up.random_()
-        self._there, self._here = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-        self._streams = torch.cuda.Stream(), torch.cuda.Stream()
-
-    def copy(self, *ways: str) -> None:
-        """Up, down, or both at once; returns once that is done."""
-        if "up" in ways:
-            with torch.cuda.stream(self._streams[0]):
-                self._there.copy_(self._up, non_blocking=True)
-        if "down" in ways:
-            with torch.cuda.stream(self._streams[1]):
-                self._down.copy_(self._here, non_blocking=True)
-        torch.cuda.synchronize()
-
-
 def copies(gpu: Gpu, slots: Slots, wire: Wire, rates: dict[str, float]) -> Iterator[Row]:
     """Gather and scatter at several runs of contiguous engine memory; ``rates`` are those of plain copies, GB/s."""
     total = TOKENS * LAYOUT.token_bytes
@@ -141,18 +150,8 @@ def copies(gpu: Gpu, slots: Slots, wire: Wire, rates: dict[str, float]) -> Itera
         )
         assert right, f"{name}: what came back is not what was there"
         del originals, again
-        yield row(
-            f"scatter_{name}",
-            total / seconds(lambda e=engine, t=table: e.scatter(slots.parts, [t]).wait()) / 1e9,
-            "GB/s",
-            rates["up"],
-        )
-        yield row(
-            f"gather_{name}",
-            total / seconds(lambda e=engine, t=table: e.gather(slots.parts, [t]).wait()) / 1e9,
-            "GB/s",
-            rates["down"],
-        )
+        for way, move, direction in (("scatter", engine.scatter, "up"), ("gather", engine.gather, "down")):
+            yield beside(f"{way}_{name}", total, lambda m=move, t=table: m(slots.parts, [t]).wait(), wire, direction)
         if name == "32k":
             yield from both_ways(gpu, engine, table, slots, wire)
             yield from submission(engine, table, slots)
@@ -162,9 +161,8 @@ def copies(gpu: Gpu, slots: Slots, wire: Wire, rates: dict[str, float]) -> Itera
         torch.cuda.empty_cache()
 
 
-def both_ways(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, wire: Wire, rounds: int = 15) -> Iterator[Row]:
-    """A load and a store of 10,240 tokens at once, and two plain copies at once, in turn: together they are bound by the host's
-    memory, too, and what that gives changes by the second. The ratio is the median of the rounds' ratios."""
+def both_ways(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, wire: Wire) -> Iterator[Row]:
+    """A load and a store of 10,240 tokens at once, beside two plain copies at once."""
     others = Slots(gpu)
     layers, other_table = engine_memory(16, "NHD")
     storing = CopyEngine(layers, LAYOUT)
@@ -175,10 +173,7 @@ def both_ways(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, wir
         up.wait()
         down.wait()
 
-    moved, plain = 2 * TOKENS * LAYOUT.token_bytes / 1e9, 2 * wire.size / 1e9
-    pairs = [(moved / seconds(run, 1), plain / seconds(lambda: wire.copy("up", "down"), 1)) for _ in range(rounds)]
-    ours, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
-    yield row("both_ways", ours, "GB/s", theirs) | {"ratio": round(statistics.median(a / b for a, b in pairs), 4)}
+    yield beside("both_ways", 2 * TOKENS * LAYOUT.token_bytes, run, wire, "up", "down", rounds=15)
     others.close()
 
 

@@ -2,7 +2,7 @@
 
 Each mode runs in a process of its own, one after the other, on a model of the given shape with dummy weights and token-id
 prompts; nothing is fetched. One JSON object a line: name, value, unit, reference, ratio. The reference is mode ``none`` of the
-same call where it ran, ratio = value / reference. With ``--log FOLDER`` each process's output is kept there.
+same call where it ran, ratio = value / reference. ``layers`` is LMKV with ``lmkv.layerwise``. With ``--log FOLDER`` each process's output is kept there.
 
 Tests: ``seq`` (prompts one by one, cold and then twice again), ``batch`` (all at once, cold and again), ``long`` (documents,
 then in another order with a new question behind each), ``misses`` (a load without any reuse), ``mixed`` (known prompts arrive
@@ -66,7 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000,
     },
 }
-MODES = ("none", "lmkv", "offload", "lmcache")
+MODES = ("none", "lmkv", "layers", "offload", "lmcache")
 
 
 def say(name: str, value: float, unit: str, **more: object) -> None:
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--question-tokens", type=int, default=32)
     parser.add_argument("--batched-tokens", type=int, default=16384, help="max_num_batched_tokens")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between rounds")
-    parser.add_argument("--extra", default="{}", help="kv_connector_extra_config of mode lmkv, JSON")
+    parser.add_argument("--extra", default="{}", help="kv_connector_extra_config of modes lmkv and layers, JSON")
     parser.add_argument("--limit", type=float, default=400, help="seconds a mode may take")
     parser.add_argument("--log", help="folder for the processes' output")
     return parser.parse_args()
@@ -100,8 +100,14 @@ def arguments() -> argparse.Namespace:
 def connector(args: argparse.Namespace) -> dict[str, Any] | None:
     """``kv_transfer_config`` of a mode."""
     size = int(args.cpu_gib * (1 << 30))
-    if args.child == "lmkv":
-        extra = {"lmkv.ram_capacity": size, "lmkv.pin": "start", "lmkv.log_requests": False, **json.loads(args.extra)}
+    if args.child in ("lmkv", "layers"):
+        extra = {
+            "lmkv.ram_capacity": size,
+            "lmkv.pin": "start",
+            "lmkv.log_requests": False,
+            "lmkv.layerwise": args.child == "layers",
+        }
+        extra |= json.loads(args.extra)
         name, module = "LMKVConnector", "lmkv.adapters.vllm"
         return {
             "kv_connector": name,
