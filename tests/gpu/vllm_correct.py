@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loads", default="sync,async,layerwise")
     parser.add_argument("--kinds", default="qwen3", help="llama, qwen3, window, hybrid or mla (in bfloat16 only)")
     parser.add_argument("--all", action="store_true", help="every combination instead of a choice that covers each value")
+    parser.add_argument("--extra", default="{}", help="more of kv_connector_extra_config, JSON")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=2048, help="of vLLM's KV memory")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on a part of the device's memory")
@@ -86,6 +87,7 @@ class Case:
         extra = {"lmkv.ram_capacity": "1GiB", "lmkv.ram_extent": "256MiB", "lmkv.log_requests": False}
         extra["lmkv.layerwise"] = case["load"] == "layerwise"
         extra["lmkv.load"] = "async" if case["load"] == "async" else "sync"
+        extra |= json.loads(args.extra)
         settings: dict[str, Any] = {}
         if case["graph"] == "on":
             settings["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8]}

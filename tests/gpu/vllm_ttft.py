@@ -2,7 +2,8 @@
 
 Each mode runs in a process of its own, one after the other, on a model of the given shape with dummy weights and token-id
 prompts; nothing is fetched. One JSON object a line: name, value, unit, reference, ratio. The reference is mode ``none`` of the
-same call where it ran, ratio = value / reference. ``layers`` is LMKV with ``lmkv.layerwise``. With ``--log FOLDER`` each process's output is kept there.
+same call where it ran, ratio = value / reference. Mode ``layers`` is LMKV with ``lmkv.layerwise``. With ``--log FOLDER`` each
+process's output is kept there.
 
 Tests: ``seq`` (prompts one by one, cold and then twice again), ``batch`` (all at once, cold and again), ``long`` (documents,
 then in another order with a new question behind each), ``misses`` (a load without any reuse), ``mixed`` (known prompts arrive
