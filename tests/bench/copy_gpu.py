@@ -68,8 +68,8 @@ class Wire:
 
 
 def beside(name: str, moved: int, call: Callable[[], Any], wire: Wire, *ways: str, rounds: int = 9) -> Row:
-    """The rate at which ``call`` moves so many bytes, beside plain copies each of these ways: in turn, since both drift. The ratio
-    is the median of the rounds' ratios."""
+    """The rate at which ``call`` moves so many bytes, beside plain copies each of these ways: in turn, since both drift. The
+    ratio is the median of the rounds' ratios."""
     plain = len(ways) * wire.size / 1e9
     pairs = [(moved / 1e9 / seconds(call, 1), plain / seconds(lambda: wire.copy(*ways), 1)) for _ in range(rounds)]
     ours, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))

@@ -293,6 +293,7 @@ def start_case(args: argparse.Namespace, case: dict[str, Any], model: Path, fold
     """One case in a process of its own; what it found."""
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(case), "--model", str(model)]
     command += ["--tensor-parallel", str(args.tensor_parallel), "--blocks", str(args.blocks), "--jobs", str(args.jobs)]
+    command += ["--extra", args.extra]
     log = folder / ("-".join(str(value) for value in case.values()) + ".log")
     ended = run_process(command, log, limit=args.limit, said_all=lambda lines: any(map(_is_result, lines[-40:])))
     results = ended.results
