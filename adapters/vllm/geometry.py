@@ -12,6 +12,7 @@ own ways, which :mod:`.packing` finds out. Anything else is refused with a reaso
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,7 @@ class LayerKV:
 
 @dataclass(frozen=True)
 class ShardGeometry:
-    """All layers of one worker, in the order of their KV cache groups.
+    """All layers of one worker, in the order of their names, whatever KV cache groups vLLM has put them in.
 
     Args:
         layers: each once; layers that share another's KV are left out.
@@ -123,7 +124,7 @@ def shard_geometry(kv_caches: Mapping[str, Any], kv_cache_config: Any, modules: 
         seen: set[tuple[Any, ...]] = set()
         found = 0
         group_windows: set[int] = set()
-        for name in group.layer_names:
+        for name in sorted(group.layer_names, key=_place):
             if name not in kv_caches:
                 continue
             tensor = kv_caches[name]
@@ -150,7 +151,12 @@ def shard_geometry(kv_caches: Mapping[str, Any], kv_cache_config: Any, modules: 
     devices = {str(part.device) for layer in layers for part in layer.parts}
     if len(devices) > 1:
         raise LayoutMismatchError(f"expected all KV tensors on one device; got {sorted(devices)}")
-    return ShardGeometry(tuple(layers), tuple(windows), tuple(block_tokens))
+    return ShardGeometry(tuple(sorted(layers, key=lambda layer: _place(layer.name))), tuple(windows), tuple(block_tokens))
+
+
+def _place(name: str) -> list[tuple[int, str]]:
+    """A layer's name such that ``layers.10`` comes behind ``layers.9``."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _check_spec(name: str, spec: Any) -> None:

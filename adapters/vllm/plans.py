@@ -66,6 +66,7 @@ class ShardInfo(KVConnectorHandshakeMetadata):
 
     Args:
         groups: its part of a chunk, in layout order.
+        layers: names of the layers that these are.
         latent: all layers keep one latent a token, which every tensor-parallel rank holds whole.
         windows: by KV cache group, its sliding window in tokens, 0 for none.
         block_tokens: by KV cache group, tokens a block of the scheduler's.
@@ -75,6 +76,7 @@ class ShardInfo(KVConnectorHandshakeMetadata):
     """
 
     groups: tuple[LayerGroup, ...] = ()
+    layers: tuple[str, ...] = ()
     latent: bool = False
     windows: tuple[int, ...] = ()
     block_tokens: tuple[int, ...] = ()

@@ -102,6 +102,7 @@ class SchedulerHalf:
         replicated = all(shard.latent for shard in shards.values())
         first_layer: dict[tuple[int, int], int] = {}
         groups: list[Any] = []
+        names: list[tuple[str, ...]] = []
         layers = 0
         for rank in sorted(shards):
             if replicated and rank[1] > 0:
@@ -109,12 +110,13 @@ class SchedulerHalf:
                 continue
             first_layer[rank] = layers
             groups.extend(shards[rank].groups)
+            names.append(shards[rank].layers)
             layers += sum(group.layers for group in shards[rank].groups)
         config = self._settings.store
         layout = KVLayout(tuple(groups), config.chunk_size or 256)
         parallel = self._vllm_config.parallel_config
         shared = len(shards) > 1 or parallel.distributed_executor_backend not in (None, "uni")
-        config, self._extra = with_model(config, self._vllm_config, shared=shared)
+        config, self._extra = with_model(config, self._vllm_config, layers=names, shared=shared)
         config = on_gpus_node(config, [shard.numa_node for shard in shards.values()])
         self.store = Store(config, layout, on_event=self._heard)
         self.store.namespace = self.store.namespace.replace(extra=self._extra)

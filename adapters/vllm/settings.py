@@ -6,8 +6,9 @@ Keys of ``kv_connector_extra_config`` are ``lmkv.<key>`` or ``lmcache.<key>``; a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,21 +103,17 @@ def read_settings(extra_config: Mapping[str, object], environ: Mapping[str, str]
     return Settings(config, warnings=loaded.warnings, **own)
 
 
-def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[StoreConfig, str]:
-    """The store's config with what vLLM knows of the model, and what else the KV depends on, as a namespace's ``extra``."""
+def with_model(
+    config: StoreConfig, vllm_config: Any, *, layers: Sequence[Sequence[str]], shared: bool
+) -> tuple[StoreConfig, str]:
+    """The store's config with what vLLM knows of the model, and what else the KV depends on, as a namespace's ``extra``.
+
+    Args:
+        layers: names of the layers that a chunk's are, rank by rank.
+        shared: slots are in memory that other processes can map.
+    """
     model = vllm_config.model_config
-    cache = vllm_config.cache_config
     folder = folder_fingerprint(str(model.model))
-    named = {
-        "weights": folder or hub_commit(str(model.model), model.revision),
-        "load_format": str(vllm_config.load_config.load_format),
-        "quantization": str(getattr(model, "quantization", None)),
-        "cache_dtype": str(cache.cache_dtype),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "hf_overrides": plain(getattr(model, "hf_overrides", None)),
-    }
-    if named["load_format"].endswith("dummy"):
-        named["seed"] = str(model.seed)
     rope = getattr(model.hf_text_config, "rope_parameters", None) or getattr(model.hf_text_config, "rope_scaling", None)
     changed = dataclasses.replace(
         config,
@@ -125,7 +122,45 @@ def with_model(config: StoreConfig, vllm_config: Any, *, shared: bool) -> tuple[
         rope=config.rope or plain(rope),
         ram_shared=config.ram_shared or shared,
     )
+    named = {
+        "weights": folder or hub_commit(str(model.model), model.revision),
+        "load_format": str(vllm_config.load_config.load_format),
+        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        # two settings of vLLM's that keep the same layers may put them in another order, or cut them elsewhere
+        "layers": hashlib.sha256("\n\n".join("\n".join(names) for names in layers).encode()).hexdigest()[:16],
+        **_chosen(vllm_config, long_rope="longrope" in plain(rope)),
+    }
+    if named["load_format"].endswith("dummy"):
+        named["seed"] = str(model.seed)
     return changed, "vllm:" + ";".join(f"{name}={value}" for name, value in named.items() if value not in ("", "None"))
+
+
+def _chosen(vllm_config: Any, *, long_rope: bool) -> dict[str, str]:
+    """What else of vLLM's settings changes the KV; an empty text where nobody has chosen anything."""
+    model = vllm_config.model_config
+    found = {
+        "quantization": str(getattr(model, "quantization", None)),
+        "loader": plain(getattr(vllm_config.load_config, "model_loader_extra_config", None)),
+    }
+    for name in ("hf_overrides", "hf_config_path", "model_weights", "quantization_config", "model_class_overrides"):
+        found[name] = plain(getattr(model, name, None))
+    if callable(getattr(model, "hf_overrides", None)) or getattr(model, "hf_config_path", None):
+        found["hf_config"] = hashlib.sha256(model.hf_config.to_json_string(use_diff=False).encode()).hexdigest()[:16]
+    for name in ("config_format", "model_impl"):
+        value = getattr(model, name, "auto")
+        found[name] = "" if value == "auto" else str(value)
+    for name in ("mm_processor_kwargs", "video_pruning_rate", "video_pruning_method"):
+        found[name] = plain(getattr(getattr(model, "multimodal_config", None), name, None))
+    if not found["video_pruning_rate"]:
+        found["video_pruning_method"] = ""
+    llama4 = str(getattr(model.hf_text_config, "model_type", "")).startswith("llama4")
+    if long_rope or llama4:  # vLLM takes other factors, or scales queries, for an engine of long texts
+        found["max_model_len"] = str(model.max_model_len)
+    if llama4:
+        generation = model.try_get_generation_config() | model.override_generation_config
+        found["attn_temperature_tuning"] = str(generation.get("attn_temperature_tuning"))
+    return found
 
 
 def unserved(vllm_config: Any, shards: Mapping[tuple[int, int], ShardInfo]) -> str:

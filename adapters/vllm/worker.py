@@ -76,7 +76,10 @@ class WorkerHalf:
         if geometry.device == "cuda":
             with contextlib.suppress(NativeError):  # what keeps the GPU from being used is said once copies are made
                 node = Gpu.of(geometry.layers[0].parts[0].device.index).numa_node()
-        return ShardInfo(geometry.groups, geometry.latent, geometry.windows, geometry.block_tokens, geometry.device, node)
+        names = tuple(layer.name for layer in geometry.layers)
+        return ShardInfo(
+            geometry.groups, names, geometry.latent, geometry.windows, geometry.block_tokens, geometry.device, node
+        )
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from transformers import (
     GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -62,11 +63,23 @@ _LATENT = {
 }
 
 
+#: Of Phi-3's: factors for short texts and for long ones, of which vLLM takes one for all texts of an engine.
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 16,
+    "long_factor": [4.0 + i for i in range(16)],
+    "original_max_position_embeddings": 512,
+    "partial_rotary_factor": 1.0,
+}
+
+
 def config_of(kind: str, **changes: int) -> PretrainedConfig:
     """The configuration of a kind of model.
 
     ``llama``, ``qwen3``, ``window`` (of 64 tokens in all layers), ``hybrid`` (in every other one), ``mla`` (latents; no
-    experts), ``mamba`` (state layers between attention's).
+    experts), ``mamba`` (state layers between attention's), ``longrope`` (other rotary factors in
+    engines for more than 512 tokens).
 
     Args:
         changes: of the shape of the first two.
@@ -83,6 +96,8 @@ def config_of(kind: str, **changes: int) -> PretrainedConfig:
     if kind == "mla":
         common = {name: value for name, value in _COMMON.items() if name != "head_dim"} | {"num_key_value_heads": 4}
         return DeepseekV3Config(**common, **_LATENT, first_k_dense_replace=3, n_routed_experts=4, n_group=1, topk_group=1)
+    if kind == "longrope":
+        return Phi3Config(**_COMMON, pad_token_id=0, original_max_position_embeddings=512, rope_parameters=_LONG_ROPE)
     if kind == "mamba":
         common = {name: value for name, value in _COMMON.items() if name not in ("head_dim", "num_hidden_layers")}
         return GraniteMoeHybridConfig(
@@ -95,7 +110,7 @@ def config_of(kind: str, **changes: int) -> PretrainedConfig:
             mamba_d_state=16,
             mamba_n_groups=1,
         )
-    raise ValueError(f"expected llama, qwen3, window, hybrid, mla or mamba; got {kind!r}")
+    raise ValueError(f"expected llama, qwen3, window, hybrid, mla, mamba or longrope; got {kind!r}")
 
 
 def save_adapter(folder: Path, seed: int, rank: int = 4) -> Path:

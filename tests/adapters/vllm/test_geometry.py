@@ -126,7 +126,7 @@ def test_groups_with_block_tables_of_their_own() -> None:
     tensors = {f"layer.{i}": random_tensor(BLOCKS, 2, TOKENS, HEADS, SIZE) for i in range(4)}
     geometry = shard_geometry(tensors, config_of((full(), ["layer.0", "layer.2"]), (window, ["layer.1", "layer.3"])), {})
     assert geometry.windows == (0, 32)
-    assert [layer.name for layer in geometry.layers] == ["layer.0", "layer.2", "layer.1", "layer.3"]
+    assert [layer.name for layer in geometry.layers] == ["layer.0", "layer.1", "layer.2", "layer.3"]
     there_and_back(geometry, [[3, 7, 1], [4, 5, 6]], [[9, 2, 11], [8, 10, 0]])
 
 
