@@ -89,12 +89,18 @@ def text_of(request: Any) -> npt.NDArray[np.uint32]:
     tokens = np.frombuffer(array("I", request.all_token_ids[:]), dtype=np.uint32)
     if request.mm_features:
         tokens = tokens.copy()
-    for feature in request.mm_features or ():
+    reached = 0
+    for feature in sorted(request.mm_features or (), key=lambda one: one.mm_position.offset):
         place = feature.mm_position
         stop = min(place.offset + place.length, len(tokens))
-        if stop > place.offset:
-            digest = hashlib.shake_128(str(feature.identifier).encode()).digest(4 * place.length)
-            tokens[place.offset : stop] = np.frombuffer(digest, "<u4")[: stop - place.offset]
+        if stop <= place.offset:
+            continue
+        name = f"{feature.identifier}:{place.length}".encode()
+        if place.offset < reached:  # a video's frames and its sound have one place between them
+            name += tokens[place.offset : reached].tobytes()
+        reached = max(reached, stop)
+        digest = hashlib.shake_128(name).digest(4 * place.length)
+        tokens[place.offset : stop] = np.frombuffer(digest, "<u4")[: stop - place.offset]
     return tokens
 
 

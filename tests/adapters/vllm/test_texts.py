@@ -51,8 +51,17 @@ def test_inputs_stand_in_the_text_where_they_belong() -> None:
     assert not (cat[5:13] == dog[5:13]).any()
     assert np.array_equal(cat, text_of(request(mm_features=[image("cat", 5, 8)])))
     longer = text_of(request(mm_features=[image("cat", 5, 30)]))  # the prompt ends in it
-    assert np.array_equal(longer[5:13], cat[5:13])
+    assert not (longer[5:13] == cat[5:13]).any()  # it was seen in another way
     assert len(longer) == 20
+
+
+def test_inputs_in_one_place_are_both_seen() -> None:
+    frames, sound, other = image("frames", 5, 8), image("sound", 5, 8), image("other sound", 5, 8)
+    both, last, alone = ([frames, sound], [frames, other], [frames])
+    found = [text_of(request(mm_features=features)) for features in (both, last, alone, [sound, frames])]
+    found += [text_of(request(mm_features=[image(name, 3, 8), frames])) for name in ("before", "before it")]
+    assert len({one[5:13].tobytes() for one in found}) == len(found)
+    assert all(np.array_equal(one[13:], found[0][13:]) for one in found)
 
 
 def test_inputs_of_few_tokens_are_named_beside_the_text() -> None:
