@@ -46,7 +46,6 @@ class EarlyLoads:
         self._key = key
         self._layerwise = layerwise
         self._kept: CopyOrder | None = None
-        self._begun: set[int] = set()
 
     def allocated(self, order: CopyOrder, computed: int, requests: Iterable[RequestState], *, behind: bool) -> None:
         """A request has blocks for what it loads.
@@ -57,23 +56,18 @@ class EarlyLoads:
             behind: see :class:`.plans.Orders`.
         """
         worker = local_worker(self._key)
-        if worker is None or not order.waits:
-            return
+        if worker is None or not order.waits or any(one.preempted for one in requests):
+            return  # what is still copied from blocks that came free is waited for in the step
         quick_pass = quick(computed, order.tokens)
         last = not any(not (one.blocks or one.copies or one.ended) for one in requests)  # nobody else waits for blocks
         kept, self._kept = self._kept, None
         if kept is not None:
-            self._begin(worker, kept, behind=behind, quick_pass=True, by_layers=False)
+            worker.begin_ahead(kept, behind=behind, quick_pass=True, by_layers=False)
         if self._layerwise and quick_pass and not last:
             self._kept = order
         else:
-            self._begin(worker, order, behind=behind, quick_pass=quick_pass, by_layers=True)
+            worker.begin_ahead(order, behind=behind, quick_pass=quick_pass, by_layers=True)
 
-    def _begin(self, worker: LoadsAhead, order: CopyOrder, *, behind: bool, quick_pass: bool, by_layers: bool) -> None:
-        worker.begin_ahead(order, behind=behind, quick_pass=quick_pass, by_layers=by_layers)
-        self._begun.add(order.id)
-
-    def end_step(self) -> frozenset[int]:
-        """Ids of the copies that have begun; those to come belong to the next step."""
-        begun, self._begun, self._kept = frozenset(self._begun), set(), None
-        return begun
+    def end_step(self) -> None:
+        """Loads to come belong to the next step."""
+        self._kept = None

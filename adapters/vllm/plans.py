@@ -120,7 +120,6 @@ class Orders(KVConnectorMetadata):
         early: loads may begin before vLLM has prepared the step's inputs; not where it still clears new blocks then.
         behind: loads begin behind the steps that still run; not needed where none of these can touch the blocks.
         quick_pass: the forward pass takes less time than the loads.
-        spoilt: loads that began ahead of this step into blocks that came free in it: they count as failed.
         healed: the last step whose failed loads the scheduler knows of.
     """
 
@@ -134,7 +133,6 @@ class Orders(KVConnectorMetadata):
     early: bool = True
     behind: bool = True
     quick_pass: bool = False
-    spoilt: frozenset[int] = frozenset()
     healed: int = -1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import uuid
@@ -63,7 +64,7 @@ class SchedulerHalf:
         self._lookups = Lookups(self.counts)
         self._requests: dict[str, RequestState] = {}
         self._copies: dict[int, CopyRecord] = {}
-        self._next_copy = 0
+        self._numbers = itertools.count(1)  # of copies
         self._loads: list[CopyOrder] = []
         self._newly_held: set[str] = set()
         self._restarted: set[str] = set()  # preempted since the last step, because a load failed
@@ -102,20 +103,20 @@ class SchedulerHalf:
         replicated = all(shard.latent for shard in shards.values())
         first_layer: dict[tuple[int, int], int] = {}
         groups: list[Any] = []
-        names: list[tuple[str, ...]] = []
         layers = 0
+        stores = frozenset(rank for rank in shards if not (replicated and rank[1] > 0))
         for rank in sorted(shards):
-            if replicated and rank[1] > 0:
+            if rank not in stores:
                 first_layer[rank] = first_layer[rank[0], 0]
                 continue
             first_layer[rank] = layers
             groups.extend(shards[rank].groups)
-            names.append(shards[rank].layers)
             layers += sum(group.layers for group in shards[rank].groups)
         config = self._settings.store
         layout = KVLayout(tuple(groups), config.chunk_size or 256)
         parallel = self._vllm_config.parallel_config
         shared = len(shards) > 1 or parallel.distributed_executor_backend not in (None, "uni")
+        names = [shards[rank].layers for rank in sorted(stores)]
         config, self._extra = with_model(config, self._vllm_config, layers=names, shared=shared)
         config = on_gpus_node(config, [shard.numa_node for shard in shards.values()])
         self.store = Store(config, layout, on_event=self._heard)
@@ -126,7 +127,6 @@ class SchedulerHalf:
             # mapped now, so that workers can pin ahead of use; pages come when they do
             self.store._ram.pool.grow_ahead(config.ram_capacity)
         handle = self.store.pool_handle() if config.ram_shared else None
-        stores = frozenset(rank for rank in shards if not (replicated and rank[1] > 0))
         self._pool = PoolInfo(key, handle, layout, first_layer, stores, config.ram_pin)
         if self._settings.load_ahead and not self._clears_blocks:
             self._early = EarlyLoads(key, layerwise=self._settings.layerwise)
@@ -248,8 +248,7 @@ class SchedulerHalf:
             [block or -1 for block in ids[base // size : -(-stop // size)]]  # block 0 stands for none
             for ids, size in zip(blocks, sizes, strict=True)
         )
-        self._next_copy += 1
-        return CopyOrder(self._next_copy, state.id, parts, named, base, load, waits)
+        return CopyOrder(next(self._numbers), state.id, parts, named, base, load, waits)
 
     # -- a step --------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +262,7 @@ class SchedulerHalf:
         for name in preempted:
             state = self._requests.get(name)
             if state is not None:
-                state.blocks = []
+                state.blocks, state.preemptions = [], state.request.num_preemptions
                 self._drop_filling(state)
         self._follow_blocks(output)
         stores: list[CopyOrder] = []
@@ -275,7 +274,8 @@ class SchedulerHalf:
                     self._copies[order.id] = CopyRecord(order, state, filling)
                     self._lookups.filling.update(chunk.key for chunk in filling.reservation.chunks)
                     state.copies.add(order.id)
-        begun = frozenset() if self._early is None else self._early.end_step()
+        if self._early is not None:
+            self._early.end_step()
         orders = Orders(
             step=self._step,
             pool=self._pool if self._mapped < len(self._shards) else None,
@@ -286,7 +286,6 @@ class SchedulerHalf:
             forward=output.total_num_scheduled_tokens > 0,
             early=not getattr(output, "new_block_ids_to_zero", None),
             behind=self._step - self._freed_step < self._steps_in_flight,
-            spoilt=begun if output.preempted_req_ids or getattr(output, "new_block_ids_to_zero", None) else frozenset(),
             quick_pass=quick(output.total_num_scheduled_tokens, sum(order.tokens for order in self._loads)),
             healed=self._healed,
         )

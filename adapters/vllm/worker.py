@@ -108,26 +108,20 @@ class WorkerHalf:
             self._open(orders.pool)
         begun = [order.id for order in orders.loads if order.id in self._ahead]
         for number in begun:
-            self._begun(self._ahead.pop(number), orders)
+            self._begun(self._ahead.pop(number))
         loads = [order for order in orders.loads if order.id not in begun]
         awaited = sorted((order for order in loads if order.waits), key=lambda order: order.tokens)
         whole = awaited[:-1] if orders.quick_pass else []  # layers are computed beside the last and largest load only
         for order in awaited + [order for order in loads if not order.waits]:
             by_layers = order not in whole
-            self._begun(
-                self._begin_load(order, behind=orders.behind, quick_pass=orders.quick_pass, by_layers=by_layers), orders
-            )
+            self._begun(self._begin_load(order, behind=orders.behind, quick_pass=orders.quick_pass, by_layers=by_layers))
 
-    def _begun(self, running: Running, orders: Orders) -> None:
+    def _begun(self, running: Running) -> None:
         """Note a load of this step's."""
-        order = running.order
-        if order.id in orders.spoilt:
-            running.wait()
-            running = Running(order, error="its blocks came free while others still wrote to them")
         self._running.append(running)
-        if running.error and order.waits:
-            self._failed_step = orders.step
-        elif order.waits:
+        if running.error and running.order.waits:
+            self._failed_step = self._step
+        elif running.order.waits:
             self._loading.append(running)
 
     def begin_ahead(self, order: CopyOrder, *, behind: bool, quick_pass: bool, by_layers: bool) -> None:

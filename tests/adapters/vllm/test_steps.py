@@ -10,7 +10,7 @@ from engines import CHUNK, assert_same, text
 from vllm import SamplingParams
 
 from lmkv.adapters.vllm import scheduler
-from lmkv.adapters.vllm.copies import Copier
+from lmkv.adapters.vllm.copies import Copier, Running
 from lmkv.adapters.vllm.hashing import _unread
 
 
@@ -168,17 +168,44 @@ def test_loads_begin_while_others_are_scheduled(
     else:
         assert happened[:7] == ["blocks", loads[0], "blocks", loads[1], "blocks", loads[2], "orders"]
 
-    def spoilt(output: Any) -> Any:
-        made = orders(output)
-        made.spoilt = frozenset(order.id for order in made.loads)  # as if a request had been preempted in this very step
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.half, "orders", spoilt)
-        assert_same(engine.ask(known[:2]), wanted[:2])
-    assert engine.metric("load_failures_total") == 2
-    assert_same(engine.ask(known), wanted)
     engine.check_clean()
+
+
+def test_no_load_begins_ahead_while_others_copy_from_its_blocks(
+    engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(connector={"lmkv.load_ahead": True}, num_gpu_blocks_override=14, max_model_len=384)
+    known, other = text(3 * CHUNK, seed=24), text(5 * CHUNK, seed=25)
+    wanted = engine.computed([known, other])
+    engine.ask([known])
+    happened: list[str] = []
+    load, orders, wait = Copier.load, engine.half.orders, Running.wait
+
+    def recorded(name: str, original: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            happened.append(name)
+            return original(*arguments, **named)
+
+        return call
+
+    vllm = engine.llm.llm_engine
+    with monkeypatch.context() as patch:
+        patch.setattr(Copier, "load", recorded("load", load))
+        patch.setattr(engine.half, "orders", recorded("orders", orders))
+        patch.setattr(Running, "wait", recorded("wait", wait))
+        patch.setattr(Running, "done", lambda running: running.order.load)  # stores take their time
+        vllm.add_request("other", {"prompt_token_ids": other}, params(6))
+        vllm.step()
+        assert engine.llm.reset_prefix_cache(reset_running_requests=True)
+        vllm.add_request("known", {"prompt_token_ids": known}, params(6))
+        happened.clear()
+        vllm.step()
+    assert happened == ["orders", "wait", "load"]
+    answers = {}
+    while vllm.has_unfinished_requests():
+        answers |= {output.request_id: output for output in vllm.step()}
+    assert [tuple(answers[name].outputs[0].token_ids) for name in ("known", "other")] == [one.tokens for one in wanted]
+    assert engine.metric("load_failures_total") == 0
 
 
 def test_a_large_load_does_not_keep_others_waiting(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
