@@ -6,7 +6,8 @@ The scheduler sends :class:`Orders` with each step: which slots to copy from and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -18,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from ...layout import KVLayout, LayerGroup
 from ...pool import PoolHandle
 
-__all__ = ["CopyOrder", "Orders", "PoolInfo", "Report", "ShardInfo", "SlotPart"]
+__all__ = ["CopyOrder", "Orders", "PoolInfo", "Report", "ShardInfo", "SlotPart", "copy_order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,31 @@ class CopyOrder:
     def tokens(self) -> int:
         """Tokens to copy."""
         return sum(part.stop - part.start for part in self.parts)
+
+
+def copy_order(
+    number: int,
+    request: str,
+    parts: tuple[SlotPart, ...],
+    blocks: Iterable[Sequence[int]],
+    sizes: Sequence[int],
+    *,
+    load: bool,
+    waits: bool,
+) -> CopyOrder:
+    """An order that names no block which it does not need.
+
+    Args:
+        blocks: of the whole request, by KV cache group; 0 stands for none.
+        sizes: tokens a block, by KV cache group.
+    """
+    unit = math.lcm(*sizes)
+    base = min(part.start for part in parts) // unit * unit
+    stop = max(part.stop for part in parts)
+    named = tuple(
+        [block or -1 for block in ids[base // size : -(-stop // size)]] for ids, size in zip(blocks, sizes, strict=True)
+    )
+    return CopyOrder(number, request, parts, named, base, load, waits)
 
 
 @dataclass(frozen=True)

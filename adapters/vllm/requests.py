@@ -117,6 +117,12 @@ class RequestState:
             self.filling.drop()
             self.filling = None
 
+    def begin_anew(self, namespace: Namespace | None) -> None:
+        """Forget what was found of it and what is kept; from now on its keys are in another namespace, or it has none."""
+        self.drop_lease()
+        self.namespace, self.looked_at = namespace, (-1, -1)
+        self.prefetch, self.prefetches, self.stored_to = None, 0, 0
+
     def drop_lease(self) -> None:
         """Give up what was found and not loaded."""
         if self.lease is not None:

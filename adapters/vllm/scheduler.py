@@ -20,7 +20,7 @@ from ..engine_config import on_gpus_node
 from .early import EarlyLoads, quick
 from .failures import spoilt_requests
 from .lookups import Lookups
-from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart
+from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart, copy_order
 from .pools import drop_pool, offer_pool
 from .requests import CopyRecord, Filling, RequestState
 from .settings import Settings, unserved, with_model
@@ -241,14 +241,7 @@ class SchedulerHalf:
         self, state: RequestState, parts: tuple[SlotPart, ...], blocks: Iterable[list[int]], *, load: bool, waits: bool = True
     ) -> CopyOrder:
         sizes = next(iter(self._shards.values())).block_tokens
-        unit = math.lcm(*sizes)
-        base = min(part.start for part in parts) // unit * unit
-        stop = max(part.stop for part in parts)
-        named = tuple(
-            [block or -1 for block in ids[base // size : -(-stop // size)]]  # block 0 stands for none
-            for ids, size in zip(blocks, sizes, strict=True)
-        )
-        return CopyOrder(next(self._numbers), state.id, parts, named, base, load, waits)
+        return copy_order(next(self._numbers), state.id, parts, blocks, sizes, load=load, waits=waits)
 
     # -- a step --------------------------------------------------------------------------------------------------------------
 
@@ -468,8 +461,15 @@ class SchedulerHalf:
         return any(state.ended for state in self._requests.values())
 
     def reset(self) -> bool:
-        """Forget everything that is not in use."""
+        """Forget everything; what comes is kept under other names, since vLLM's weights may have been changed."""
         if self.store is not None:
+            base = self.store.namespace = self.store.namespace.replace(extra=f"{self._extra};reset={uuid.uuid4().hex}")
+            for state in self._requests.values():
+                self._drop_filling(state)
+                anew = state.namespace is not None and not state.request.num_computed_tokens
+                state.begin_anew(namespace_of(base, state.request, state.wishes, self._adapters) if anew else None)
+            for filling in (record.hold for record in self._copies.values() if isinstance(record.hold, Filling)):
+                filling.failed = True
             self.store.clear()
             self._lookups.generation += 1
             if self.published is not None:
