@@ -48,6 +48,7 @@ class Translated:
         places: native key -> the file or variable that it was written in.
         from_lmcache: whether a key was there that only LMCache has.
         remote: what was said of remote storage; becomes a tier once all of it is known.
+        cleared: keys that were written as nothing (``LMCACHE_REMOTE_URL=``): what earlier sources said of them counts no more.
         peers: what was said of other engines, for :func:`lmkv.adapters.lmcache.peers.read_peers`.
     """
 
@@ -58,6 +59,7 @@ class Translated:
     from_lmcache: bool = False
     remote: Remote = field(default_factory=Remote)
     peers: dict[str, object] = field(default_factory=dict)
+    cleared: set[str] = field(default_factory=set)
 
     def set(self, name: str, key: str, value: object, where: str) -> None:
         """Give the native ``key`` the ``value`` that was written under ``name``."""
@@ -72,6 +74,11 @@ class Translated:
 
     def update(self, later: Translated) -> None:
         """Lay ``later``, which wins, over this one."""
+        for key in later.cleared:
+            self._clear(key)
+        if "extra" in later.remote.names:  # as a whole, as in LMCache
+            self._clear("extra_config")
+        self.cleared |= later.cleared
         self.settings.update(later.settings)
         self.warnings.extend(line for line in later.warnings if line not in self.warnings)
         self.names.update(later.names)
@@ -79,6 +86,16 @@ class Translated:
         self.from_lmcache |= later.from_lmcache
         self.remote.update(later.remote)
         self.peers.update(later.peers)
+
+    def _clear(self, key: str) -> None:
+        """Forget what LMCache's ``key`` said."""
+        for native in [native for native, name in self.names.items() if name == key or name.startswith(f"{key}.")]:
+            for known in (self.settings, self.names, self.places):
+                known.pop(native, None)
+        if key == "remote_url":
+            self.remote.url = None
+        elif key == "extra_config":
+            self.remote.extra = {}
 
     def warn(self, line: str) -> None:
         """Note a line for the person who wrote the settings, once."""
@@ -187,6 +204,10 @@ def _remote_url(out: Translated, name: str, value: object, where: str) -> None:
     out.remote.url, out.remote.names["url"] = value, f"{where}: {name}"
 
 
+def _audit_actual_remote_url(out: Translated, name: str, value: object, where: str) -> None:
+    out.remote.actual, out.remote.names["actual"] = str(value), f"{where}: {name}"
+
+
 def _nixl_buffer(out: Translated, name: str, value: object, where: str) -> None:
     """Sizes and places of NIXL's staging buffer: for its storage slots take that part, which needs no warning."""
     out.remote.buffers[name] = value
@@ -243,8 +264,11 @@ _TRANSLATED: Mapping[str, _Converter] = {
     "nixl_buffer_size": _nixl_buffer,
     "nixl_buffer_device": _nixl_buffer,
     "remote_url": _remote_url,
+    "audit_actual_remote_url": _audit_actual_remote_url,
     "remote_serde": _remote_serde,
 }
+#: Keys whose absence is a choice of its own, so that an empty variable takes a file's away.
+_CLEARED = ("local_disk", "remote_url", "extra_config")
 #: Keys that both projects have (``chunk_size``) count as native: their meaning is the same.
 _NATIVE = frozenset(f.name for f in dataclasses.fields(StoreConfig))
 
@@ -270,6 +294,8 @@ def _translate_layer(mapping: Mapping[str, object], where: str) -> Translated:
             out.from_lmcache = True
             if not _nothing(value):
                 _TRANSLATED[key](out, key, value, where)
+            elif key in _CLEARED:
+                out.cleared.add(key)
         elif key in INERT:
             out.from_lmcache = True
             if key in PEER_KEYS:
@@ -341,10 +367,17 @@ def translate_environment(mapping: Mapping[str, object], environ: Mapping[str, s
 SENTINEL_VARIABLE = "REDIS_SERVICE_NAME"
 
 
+def _unquoted(text: str) -> str:
+    """A variable without the quotes around it that ``docker run --env-file`` and the like leave in it, as LMCache reads it."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
 def _environment_layer(environ: Mapping[str, str]) -> Translated:
     out = Translated()
     known = {PREFIX + key.upper(): key for key in ("chunk_size", *_TRANSLATED, *INERT, *ALIASES)}
-    for variable, text in environ.items():
+    for variable, written in environ.items():
+        text = _unquoted(written)
         passed_over = variable in OTHER_VARIABLES or variable.startswith(OTHER_PREFIXES)
         if variable in known:
             out.update(_translate_layer({known[variable]: text}, variable))

@@ -7,26 +7,35 @@ from dataclasses import dataclass, field
 
 from lmkv.errors import ConfigError
 
+from .names import EXTRA_WAYS
 from .nixl import KEYS as NIXL_KEYS
 from .nixl import nixl_tier
+from .urls import place_of
 
 __all__ = ["Remote", "remote_tiers"]
 
 _REDIS = ("redis", "rediss", "unix", "redis-sentinel", "rediss-sentinel", "redis-cluster", "rediss-cluster")
 _VALKEY = ("valkey", "valkeys")
 _LOGIN = {"username": "username", "password": "password"}
+_REDIS_OPTIONS = {**_LOGIN, "resp_num_threads": "", "save_chunk_meta": ""}
 _VALKEY_OPTIONS = {
     **_LOGIN,
     "valkey_username": "username",
     "valkey_password": "password",
     "valkey_database": "db",
     "valkey_ttl_sec": "ttl_seconds",
+    "valkey_enable_ttl": "",  # a time of 0 is none
+    "valkey_mode": "",  # told apart by the URL's scheme
 }
 _S3_OPTIONS = {
     "s3_region": "region",
     "aws_access_key_id": "access_key_id",
     "aws_secret_access_key": "secret_access_key",
     "s3_num_io_threads": "concurrency",
+    "s3_prefer_http2": "",  # the client's own choice
+    "s3_enable_s3express": "",  # seen in the host's name
+    "disable_tls": "",  # part of the endpoint
+    "save_chunk_meta": "",
 }
 _MOONCAKE_OPTIONS = {
     **{
@@ -45,11 +54,12 @@ _MOONCAKE_OPTIONS = {
 #: What LMCache keeps in ``extra_config`` for a kind of storage: its key -> the option of LMKV's backend; "" for what is served
 #: by itself.
 _EXTRA: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(_REDIS, _LOGIN),
+    **dict.fromkeys(_REDIS, _REDIS_OPTIONS),
     **dict.fromkeys(_VALKEY, _VALKEY_OPTIONS),
     "s3": _S3_OPTIONS,
     "mooncakestore": _MOONCAKE_OPTIONS,
     "infinistore": {"infinistore_link_type": "link_type"},
+    "fs": {"fs_connector_relative_tmp_dir": "", "fs_connector_read_ahead_size": "", "save_chunk_meta": ""},
 }
 #: ``remote_serde`` -> codec.
 _CODECS = {"naive": "naive", "raw": "raw", "lossless": "lossless", "blosc2": "blosc2"}
@@ -63,6 +73,7 @@ class Remote:
 
     Args:
         url, serde, seconds: ``remote_url``, ``remote_serde`` and ``blocking_timeout_secs``.
+        actual: ``audit_actual_remote_url``.
         buffers: ``nixl_buffer_size`` and ``nixl_buffer_device``.
         extra: ``extra_config``; its keys belong to whatever the URL names.
         master: the name that Sentinels know the master by, from ``REDIS_SERVICE_NAME``; the URL's own wins.
@@ -72,6 +83,7 @@ class Remote:
     url: str | None = None
     serde: str | None = None
     seconds: float | None = None
+    actual: str = ""
     buffers: dict[str, object] = field(default_factory=dict)
     extra: dict[str, object] = field(default_factory=dict)
     master: str | None = None
@@ -80,10 +92,11 @@ class Remote:
     def update(self, later: Remote) -> None:
         """Lay ``later``, which wins, over this one."""
         self.url = later.url or self.url
+        self.actual = later.actual or self.actual
         self.serde = later.serde or self.serde
         self.seconds = later.seconds if later.seconds is not None else self.seconds
         self.buffers.update(later.buffers)
-        self.extra = later.extra or self.extra
+        self.extra = later.extra if "extra" in later.names else self.extra
         self.master = later.master or self.master
         self.names.update(later.names)
 
@@ -113,8 +126,7 @@ def remote_tiers(remote: Remote, warn: Callable[[str], None]) -> list[dict[str, 
     if nixl is None:
         for key in remote.buffers:
             warn(f"{remote.names[key]} has no effect: NIXL storage is not asked for (extra_config: enable_nixl_storage)")
-    tier, known = _tier_of_url(remote, warn)
-    options: dict[str, object] = {}
+    tier, known, options = _tier_of_url(remote, warn)
     for key, value in remote.extra.items():
         if value is None or value is False or value == "" or (nixl is not None and key in NIXL_KEYS):
             continue
@@ -122,7 +134,7 @@ def remote_tiers(remote: Remote, warn: Callable[[str], None]) -> list[dict[str, 
             if known[key]:
                 options[known[key]] = value
         else:
-            warn(f"{where_extra}.{key} has no effect: LMKV has no use for it")
+            warn(f"{where_extra}.{key} has no effect: {_way(key)}")
     if tier is not None:
         if remote.master and "-sentinel://" in str(tier["url"]) and "master=" not in str(tier["url"]):
             options["master"] = remote.master
@@ -134,16 +146,29 @@ def remote_tiers(remote: Remote, warn: Callable[[str], None]) -> list[dict[str, 
     return tiers
 
 
-def _tier_of_url(remote: Remote, warn: Callable[[str], None]) -> tuple[dict[str, object] | None, Mapping[str, str]]:
-    """The tier of ``remote_url``, and which keys of ``extra_config`` are options of its backend."""
+def _way(key: str) -> str:
+    """What to do instead of a key of ``extra_config``."""
+    return next((why for beginning, why in EXTRA_WAYS if key.startswith(beginning)), "LMKV has no use for it")
+
+
+def _tier_of_url(
+    remote: Remote, warn: Callable[[str], None]
+) -> tuple[dict[str, object] | None, Mapping[str, str], dict[str, object]]:
+    """The tier of ``remote_url``, which keys of ``extra_config`` are options of its backend, and what the URL says of them."""
+    said = (remote.url or "").strip().lower()
+    if remote.actual and not said.startswith("audit://"):
+        warn(f"{remote.names['actual']} has no effect: remote_url is not audit://")
     if not remote.url:
-        return None, {}
+        return None, {}, {}
     where = remote.names.get("url", "remote_url")
-    scheme, there, rest = remote.url.strip().partition("://")
-    if not there or not scheme:
-        raise ConfigError(f"{where}: expected scheme://host:port, such as redis://localhost:6379; got no scheme")
     codec = _codec(remote, warn)
-    tier: dict[str, object] = {"name": "remote", "url": f"{scheme}://{rest}", "codec": codec}
-    if scheme == "mooncakestore" and remote.extra.get("transfer_timeout"):
+    place = place_of(remote.url, remote.extra, remote.actual, where, warn)
+    known = _EXTRA.get(place.scheme, {})
+    if said.startswith("audit://"):
+        known = {**known, **dict.fromkeys(("audit_actual_remote_url", "audit_calc_checksum", "audit_verify_checksum"), "")}
+    if not place.url:
+        return None, known, {}
+    tier: dict[str, object] = {"name": "remote", "url": place.url, "codec": codec}
+    if place.scheme == "mooncakestore" and remote.extra.get("transfer_timeout"):
         tier["deadline_seconds"] = remote.extra["transfer_timeout"]
-    return tier, _EXTRA.get(scheme, {})
+    return tier, known, place.options

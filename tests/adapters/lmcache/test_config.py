@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lmkv.adapters.lmcache import load_config, translate
 from lmkv.config import StoreConfig
@@ -183,6 +184,34 @@ def test_later_sources_win(yaml_file: Path) -> None:
     assert load_config(yaml_file, environ=environ, overrides={"ram_capacity": "7MiB"}).config.ram_capacity == 7 * 1024**2
 
 
+@pytest.mark.parametrize("text", ["", "None", "null", '""'])
+def test_an_empty_variable_takes_away_what_the_file_says(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lmc.yaml"
+    path.write_text("remote_url: redis://h:1\nlocal_disk: /d\nmax_local_disk_size: 5\nextra_config: {use_odirect: true}\n")
+    assert [tier.url for tier in load_config(path, environ={}).config.tiers] == ["redis://h:1"]
+    assert load_config(path, environ={"LMCACHE_REMOTE_URL": text}).config.tiers == ()
+    config = load_config(path, environ={"LMCACHE_LOCAL_DISK": text}).config
+    assert (config.disk_path, config.disk_capacity) == (None, 0)
+    assert load_config(path, environ={}).config.disk_direct == "true"
+    for said in (text, "{}", "{lookup_backoff_time: 0.1}"):  # the bag counts as a whole
+        assert load_config(path, environ={"LMCACHE_EXTRA_CONFIG": said}).config.disk_direct == StoreConfig().disk_direct
+    assert load_config(path, environ={"LMCACHE_MAX_LOCAL_DISK_SIZE": text}).config.disk_capacity == 5 * GIB
+    kept = load_config(path, environ={"LMCACHE_REMOTE_URL": text, "LMKV_TIERS": "[{url: redis://other}]"}).config
+    assert [tier.url for tier in kept.tiers] == ["redis://other"]
+
+
+@pytest.mark.parametrize("quote", ["'", '"', ' "', "'  "])
+def test_quotes_that_an_env_file_leaves_around_values(quote: str) -> None:
+    """``docker run --env-file`` and some compose files pass them on; LMCache takes them away, too."""
+    written = {"CHUNK_SIZE": "64", "LOCAL_CPU": "True", "MAX_LOCAL_CPU_SIZE": "2", "REMOTE_URL": "redis://h:1"}
+    written |= {"EXTRA_CONFIG": "{use_odirect: True}", "LOCAL_DISK": "/d"}
+    mark = quote.strip()
+    environ = {f"LMCACHE_{key}": quote.replace(mark, mark + value + mark) for key, value in written.items()}
+    config = load_config(environ=environ).config
+    assert (config.chunk_size, config.ram_capacity, config.disk_direct, config.disk_path) == (64, 2 * GIB, "true", "/d")
+    assert [tier.url for tier in config.tiers] == ["redis://h:1"]
+
+
 def test_files_named_by_the_environment(yaml_file: Path, tmp_path: Path) -> None:
     assert load_config(environ={"LMCACHE_CONFIG_FILE": str(yaml_file)}).config.ram_capacity == 5 * GIB
     other = tmp_path / "native.yaml"
@@ -280,3 +309,48 @@ def test_old_spellings_mean_what_the_new_ones_do() -> None:
 def test_roles_and_ports_that_are_none_are_refused(written: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(environ={}, overrides=written)
+
+
+KEYS = (Path(__file__).parents[2] / "fixtures" / "lmcache-keys.txt").read_text(encoding="utf-8").splitlines()
+VALUES = {
+    "bool": "True", "int": "7", "float": "2.5", "str": "x", "dict": "{}", "list[float]": "[0.1]", "list[int]": "[1, 2]",
+    "list[str]": "[a]", "local_disk": "/d", "remote_url": "redis://h", "remote_serde": "naive", "cache_policy": "LRU",
+    "numa_mode": "auto", "pd_role": "sender", "pre_caching_hash_algorithm": "builtin",
+}  # fmt: skip
+#: Keys whose usual value is what LMKV does anyway.
+QUIET = {"local_cpu", "remote_serde", "extra_config"}
+
+
+@pytest.mark.parametrize("line", [line for line in KEYS if line.startswith("key ")])
+def test_every_key_of_lmcache_has_a_meaning_or_a_way(line: str) -> None:
+    """Of 0.3.9.post2, 0.3.15 and 0.5.6, as a file's value and as a variable."""
+    _, key, kind = line.split()
+    text = VALUES.get(key) or VALUES[kind]
+    with_role = {"pd_role": "sender"} if key == "enable_pd" else {}
+    for environ, mapping in ({f"LMCACHE_{key.upper()}": text}, {}), ({}, {key: yaml.safe_load(text)}):
+        loaded = load_config(environ=environ, overrides={**mapping, **with_role})
+        said = [found for found in loaded.warnings if key in found]
+        means = loaded.given - {"disk_capacity"}
+        assert means or said or key in QUIET
+        assert not any("LMKV has no use for it" in found or "nothing in LMKV" in found for found in said)
+        assert not (means and said), (means, said)
+
+
+@pytest.mark.parametrize("line", [line for line in KEYS if line.startswith("extra ")])
+def test_every_key_of_the_bag_has_a_meaning_or_a_way(line: str) -> None:
+    _, key, *urls = line.split()
+    value: object = {"a": 1} if key == "nixl_backend_params" else "1"
+    extra = {key: value} | ({"nixl_path": "/d"} if key == "enable_nixl_storage" else {})
+    loaded = load_config(environ={}, overrides={"local_disk": "/d", "extra_config": extra})
+    if key not in ("use_odirect", "enable_nixl_storage"):
+        (said,) = loaded.warnings
+        assert f"extra_config.{key} has no effect: " in said
+        assert "LMKV has no use for it" not in said
+    for url in urls:  # storages that it belongs to
+        loaded = load_config(environ={}, overrides={"remote_url": url, "extra_config": extra})
+        assert not any(key in found for found in loaded.warnings)
+
+
+@pytest.mark.parametrize("line", [line for line in KEYS if line.startswith("env ")])
+def test_variables_of_lmcaches_other_programs_are_passed_over(line: str) -> None:
+    assert load_config(environ={line.split()[1]: "1"}).warnings == ()

@@ -237,3 +237,77 @@ def test_the_name_that_sentinels_are_asked_for(url: str, options: dict[str, str]
     environ = {"LMCACHE_REMOTE_URL": url, "REDIS_SERVICE_NAME": "prod"}
     (tier,) = load_config(environ=environ).config.tiers
     assert dict(tier.options) == options
+
+
+AMAZON = {"s3_region": "us-east-1", "s3_num_io_threads": 64}
+
+
+@pytest.mark.parametrize(
+    ("url", "extra", "wanted", "options"),
+    [
+        ("fs://host:0/mnt/kv", {"fs_connector_relative_tmp_dir": "tmp"}, "file:///mnt/kv", {}),
+        ("resp://h:6379", {"username": "u", "resp_num_threads": 8}, "redis://h:6379", {"username": "u"}),
+        ("REDIS://h:6379", {}, "redis://h:6379", {}),
+        ("valkey://h:1", {"valkey_database": 2}, "valkey://h:1", {"db": 2}),
+        (
+            "valkey://a:1,valkey://b:2",
+            {"valkey_mode": "cluster", "valkey_username": "u"},
+            "redis-cluster://a:1,b:2",
+            {"username": "u"},
+        ),
+        ("s3://b.s3.eu-west-1.amazonaws.com", AMAZON, "s3://b", {"region": "us-east-1", "concurrency": 64}),
+        ("s3://b.s3.eu-west-1.amazonaws.com", {}, "s3://b", {"region": "eu-west-1"}),
+        ("s3://my.b.s3-us-west-2.amazonaws.com/p", {}, "s3://my.b/p", {"region": "us-west-2"}),
+        ("s3://b.s3.amazonaws.com", AMAZON, "s3://b", {"region": "us-east-1", "concurrency": 64}),
+        (
+            "s3://b.minio.lan:9000",
+            {"s3_region": "us-east-1", "disable_tls": True},
+            "s3://b",
+            {"region": "us-east-1", "endpoint": "http://b.minio.lan:9000", "virtual_hosted_style_request": "true"},
+        ),
+        ("s3://b", AMAZON, "s3://b", {"region": "us-east-1", "concurrency": 64}),
+        ("s3://my.bucket/prefix", {}, "s3://my.bucket/prefix", {}),
+    ],
+)
+def test_urls_that_only_lmcache_has(url: str, extra: dict[str, object], wanted: str, options: dict[str, object]) -> None:
+    loaded = load_config(environ={}, overrides={"remote_url": url, "extra_config": extra})
+    assert [(tier.url, dict(tier.options)) for tier in loaded.config.tiers] == [(wanted, options)]
+    assert loaded.warnings == ()
+
+
+def test_urls_that_stand_before_another_or_before_none() -> None:
+    for given in ({"audit_actual_remote_url": "fs://h:0/d"}, {"extra_config": {"audit_actual_remote_url": "fs://h:0/d"}}):
+        loaded = load_config(environ={}, overrides={"remote_url": "audit://h:1?verify=true", **given})
+        assert [tier.url for tier in loaded.config.tiers] == ["file:///d"]
+        (line,) = loaded.warnings
+        assert "audit:// is left out" in line
+    loaded = load_config(environ={}, overrides={"remote_url": "blackhole://h:1"})
+    assert loaded.config.tiers == ()
+    assert "keeps nothing" in loaded.warnings[0]
+    loaded = load_config(environ={}, overrides={"remote_url": "s3://b.s3express-use1-az4.us-east-1.amazonaws.com"})
+    assert [tier.url for tier in loaded.config.tiers] == ["s3://b"]
+    assert "S3 Express" in loaded.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("fs://h:0", "expected one directory"),
+        ("fs://h:0/a,/b", "expected one directory"),
+        ("audit://h:1", "expected audit_actual_remote_url"),
+        ("external://h:0/m", "docs/writing-a-backend.md"),
+        ("plugin://x", "docs/writing-a-backend.md"),
+        ("eic://h:1", "redis:// or s3://"),
+        ("hf3fs://h/x", "plugin: HF3FS"),
+        ("mock://100", "tests of LMCache's"),
+        ("sagemaker-hyperpod://h", "another slow tier"),
+    ],
+)
+def test_storages_that_lmkv_does_not_have(url: str, message: str) -> None:
+    with pytest.raises(lmkv.ConfigError, match=message):
+        load_config(environ={}, overrides={"remote_url": url})
+
+
+def test_a_directory_of_lmcaches_fs_runs(tmp_path: Path) -> None:
+    run(Path("/dev/null"), {"LMCACHE_REMOTE_URL": f"fs://localhost:0{tmp_path}/shared"})
+    assert any((tmp_path / "shared").rglob("*"))
