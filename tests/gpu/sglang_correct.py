@@ -26,7 +26,6 @@ noise.)
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -39,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_processes import run_process
+from sglang_environment import few_models, with_plugins
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "adapters" / "vllm"))
@@ -436,31 +436,6 @@ def run_case(args: argparse.Namespace) -> None:
 # -- in the process that runs them all -----------------------------------------------------------------------------------------
 
 
-def environment(args: argparse.Namespace, door: str, scratch: Path) -> dict[str, str]:
-    """What a case's processes see: plug-ins of the tests, and few of SGLang's models, which take long to import."""
-    site = scratch / "site"
-    plugins = {"probe": "sglang_probe:register"}
-    paths = [str(site), str(HERE)]
-    if args.device == "cpu":
-        plugins["pages"] = "sglang_page_kernels:register"
-        paths.append(str(HERE.parent / "support"))
-        if door in HOSTED:
-            plugins["hostcopies"] = "sglang_host_copies:register"
-    for name, target in plugins.items():
-        info = site / door / f"lmkv_test_{name}-1.0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lmkv-test-{name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {target}\n")
-    paths[0] = str(site / door)
-    found = {"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    sglang = importlib.util.find_spec("sglang")
-    if sglang is not None and sglang.submodule_search_locations:
-        models = (Path(sglang.submodule_search_locations[0]) / "srt" / "models").glob("*.py")
-        used = ("__init__", "llama", "qwen2", "qwen3", "utils")
-        found["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(path.stem for path in models if path.stem not in used))
-    return found
-
-
 def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
     """One case in a process of its own; what it found."""
     limit = min(args.limit, args.total - (time.monotonic() - BEGUN))
@@ -472,8 +447,9 @@ def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], mode
     name = "-".join(str(value) for value in case.values())
     log, probe = folder / f"{name}.log", folder / f"{name}.probe"
     probe.write_text("")
-    environ = {**os.environ, **environment(args, case["door"], model.parent), "PROBE_FILE": str(probe)}
-    environ["PROBE_PLANT"] = args.plant
+    site = model.parent / "site" / case["door"]
+    plugins = with_plugins(site, cpu=args.device == "cpu", hosted=case["door"] in HOSTED)
+    environ = {**os.environ, **few_models(), **plugins, "PROBE_FILE": str(probe), "PROBE_PLANT": args.plant}
     ended = run_process(command, log, limit=limit, said_all=lambda lines: any(map(_is_result, lines[-40:])), environ=environ)
     lines, results = ended.lines, ended.results
     if not results:

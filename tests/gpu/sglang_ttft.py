@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_processes import mode_results, print_beside_none
+from sglang_environment import few_models
 
 _COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-06, "torch_dtype": "bfloat16", "use_cache": True}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -277,6 +278,7 @@ def main() -> int:
     if unknown:
         print(f"expected modes out of {', '.join(MODES)}; got {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
+    os.environ.update(few_models())
     return print_beside_none(args.modes.split(","), lambda mode: run_mode(args, mode))
 
 
