@@ -47,8 +47,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
-            clears = bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
-            self._scheduler = SchedulerHalf(settings, vllm_config, clears_blocks=clears)
+            self._scheduler = SchedulerHalf(settings, vllm_config)
             spare_block_hashes(LMKVConnector)
             restart_after_failed_loads(LMKVConnector)
         else:

@@ -56,7 +56,6 @@ class RequestState:
         wishes: what its sender asked for.
         blocks: its block ids by KV cache group, as they were given out; a window's may have been taken back since.
         since: the step in which it was given them first, or anew.
-        preemptions: up to the last step.
         computed: tokens that vLLM's own cache held when it last asked.
         lease: holds what was found until it is loaded.
         between_steps: it is loaded while others run, not before the next step.
@@ -77,7 +76,6 @@ class RequestState:
     wishes: Wishes
     blocks: list[list[int]] = field(default_factory=list)
     since: int = -1
-    preemptions: int = 0
     computed: int = 0
     lease: Lease | None = None
     between_steps: bool = False
@@ -98,11 +96,6 @@ class RequestState:
     def id(self) -> str:
         """vLLM's id of the request."""
         return str(self.request.request_id)
-
-    @property
-    def preempted(self) -> bool:
-        """Whether it was preempted since the last step, so that its blocks may be others' already."""
-        return int(self.request.num_preemptions) > self.preemptions
 
     def tokens(self, stop: int) -> npt.NDArray[np.uint32]:
         """The first ``stop`` tokens of its text."""

@@ -17,7 +17,6 @@ from ...handles import Lease, Reservation
 from ...layout import KVLayout
 from ...store import Store
 from ..engine_config import on_gpus_node
-from .early import EarlyLoads, quick
 from .failures import spoilt_requests
 from .lookups import Lookups
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart, copy_order
@@ -34,6 +33,8 @@ logger = init_logger("vllm.lmkv.scheduler")
 
 #: What a load may make others wait for: more, and it is made between steps while they run. Half a millisecond of a fast wire.
 _MOST_BEFORE_A_STEP = 32 << 20
+#: A token to compute takes at least as long as so many to load: a forward pass of few tokens is over before their KV is there.
+_LOADED_A_COMPUTED = 16
 
 
 class SchedulerHalf:
@@ -42,10 +43,9 @@ class SchedulerHalf:
     Args:
         settings: the connector's.
         vllm_config: vLLM's.
-        clears_blocks: vLLM clears new blocks in the step that first uses them.
     """
 
-    def __init__(self, settings: Settings, vllm_config: Any, *, clears_blocks: bool = False) -> None:
+    def __init__(self, settings: Settings, vllm_config: Any) -> None:
         self._settings = settings
         self._vllm_config = vllm_config
         transfer = vllm_config.kv_transfer_config
@@ -74,8 +74,6 @@ class SchedulerHalf:
         self._steps_in_flight = math.inf  # at most, the one that is being scheduled counted
         self._renewed = False  # leases, in the step that is being scheduled
         self._on_gpu = False
-        self._clears_blocks = clears_blocks
-        self._early: EarlyLoads | None = None
         self._going_on: list[str] = []  # requests of the last step that had run before
         self._bypass_reasons: set[str] = set()
         for line in settings.warnings:
@@ -128,8 +126,6 @@ class SchedulerHalf:
             self.store._ram.pool.grow_ahead(config.ram_capacity)
         handle = self.store.pool_handle() if config.ram_shared else None
         self._pool = PoolInfo(key, handle, layout, first_layer, stores, config.ram_pin)
-        if self._settings.load_ahead and not self._clears_blocks:
-            self._early = EarlyLoads(key, layerwise=self._settings.layerwise)
         tiers = ", ".join(f"{tier.name} {tier.capacity_bytes / 1024**3:.1f} GiB" for tier in self.store.stats().tiers)
         logger.info(
             "LMKV: chunks of %d tokens, %d bytes of KV a token, tiers: %s", layout.chunk_tokens, layout.token_bytes, tiers
@@ -228,9 +224,6 @@ class SchedulerHalf:
         self._copies[order.id] = CopyRecord(order, state, lease)
         state.copies.add(order.id)
         self.counts.add(hit_tokens=external)
-        if self._early is not None:
-            behind = self._step + 1 - self._freed_step < self._steps_in_flight
-            self._early.allocated(order, request.num_tokens - stop, self._requests.values(), behind=behind)
         if self._settings.log_requests:
             logger.info(
                 "LMKV: Reqid: %s, Total tokens %d, LMKV hit tokens: %d, need to load: %d",
@@ -255,7 +248,7 @@ class SchedulerHalf:
         for name in preempted:
             state = self._requests.get(name)
             if state is not None:
-                state.blocks, state.preemptions = [], state.request.num_preemptions
+                state.blocks = []
                 self._drop_filling(state)
         self._follow_blocks(output)
         stores: list[CopyOrder] = []
@@ -267,8 +260,6 @@ class SchedulerHalf:
                     self._copies[order.id] = CopyRecord(order, state, filling)
                     self._lookups.filling.update(chunk.key for chunk in filling.reservation.chunks)
                     state.copies.add(order.id)
-        if self._early is not None:
-            self._early.end_step()
         orders = Orders(
             step=self._step,
             pool=self._pool if self._mapped < len(self._shards) else None,
@@ -279,7 +270,7 @@ class SchedulerHalf:
             forward=output.total_num_scheduled_tokens > 0,
             early=not getattr(output, "new_block_ids_to_zero", None),
             behind=self._step - self._freed_step < self._steps_in_flight,
-            quick_pass=quick(output.total_num_scheduled_tokens, sum(order.tokens for order in self._loads)),
+            quick_pass=_LOADED_A_COMPUTED * output.total_num_scheduled_tokens <= sum(order.tokens for order in self._loads),
             healed=self._healed,
         )
         self._loads, self._newly_held, self._restarted, self._renewed = [], set(), set(), False

@@ -38,7 +38,6 @@ class Settings:
         store: the store's settings; model, revision and the like are filled in from vLLM's configuration.
         layerwise: load layer by layer under the forward pass (needs piecewise CUDA graphs).
         load: ``sync`` loads before the forward pass of the step, ``async`` between steps, ``auto`` chooses.
-        load_ahead: begin a load as soon as its request has blocks, while others are scheduled; one process an engine only.
         pin: on a GPU, pin slots in the ``background`` or before the first step (``start``).
         min_load_tokens: shorter hits are computed instead.
         save_decode_cache: keep the KV of generated tokens, too.
@@ -49,7 +48,6 @@ class Settings:
     store: StoreConfig
     layerwise: bool = False
     load: str = "auto"
-    load_ahead: bool = False
     pin: str = "background"
     min_load_tokens: int = 1
     save_decode_cache: bool = False
@@ -60,7 +58,7 @@ class Settings:
 def _own(extra: dict[str, object]) -> dict[str, Any]:
     """The connector's own keys, taken out of ``extra``."""
     own: dict[str, Any] = {}
-    for name in ("layerwise", "load_ahead", "save_decode_cache", "log_requests"):
+    for name in ("layerwise", "save_decode_cache", "log_requests"):
         if name in extra:
             own[name] = flag(f"{_WHERE}: {name}", extra.pop(name))
     if "use_layerwise" in extra:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
@@ -17,7 +16,7 @@ from ...transfer import Gpu, Pinner
 from .copies import Copier, Running, SlotMemory
 from .geometry import ShardGeometry, shard_geometry
 from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo
-from .pools import drop_worker, local_pool, offer_worker
+from .pools import local_pool
 
 __all__ = ["WorkerHalf"]
 
@@ -46,8 +45,6 @@ class WorkerHalf:
         self._mapped: MappedPool | None = None
         self._running: list[Running] = []
         self._loading: list[Running] = []  # loads that this step's forward pass needs
-        self._ahead: dict[int, Running] = {}  # loads that began before their step
-        self._key = ""
         self._held: set[str] = set()
         self._begun_step = -1  # the step whose stores were begun
         self._step = -1
@@ -106,28 +103,16 @@ class WorkerHalf:
         self._step = orders.step
         if orders.pool is not None and self._copier is None:
             self._open(orders.pool)
-        begun = [order.id for order in orders.loads if order.id in self._ahead]
-        for number in begun:
-            self._begun(self._ahead.pop(number))
-        loads = [order for order in orders.loads if order.id not in begun]
-        awaited = sorted((order for order in loads if order.waits), key=lambda order: order.tokens)
+        awaited = sorted((order for order in orders.loads if order.waits), key=lambda order: order.tokens)
         whole = awaited[:-1] if orders.quick_pass else []  # layers are computed beside the last and largest load only
-        for order in awaited + [order for order in loads if not order.waits]:
+        for order in awaited + [order for order in orders.loads if not order.waits]:
             by_layers = order not in whole
-            self._begun(self._begin_load(order, behind=orders.behind, quick_pass=orders.quick_pass, by_layers=by_layers))
-
-    def _begun(self, running: Running) -> None:
-        """Note a load of this step's."""
-        self._running.append(running)
-        if running.error and running.order.waits:
-            self._failed_step = self._step
-        elif running.order.waits:
-            self._loading.append(running)
-
-    def begin_ahead(self, order: CopyOrder, *, behind: bool, quick_pass: bool, by_layers: bool) -> None:
-        """Begin a load that the orders of the step to come will name, see :class:`.early.EarlyLoads`."""
-        with torch.inference_mode():  # as in a step: vLLM's KV tensors are made in it
-            self._ahead[order.id] = self._begin_load(order, behind=behind, quick_pass=quick_pass, by_layers=by_layers)
+            running = self._begin_load(order, behind=orders.behind, quick_pass=orders.quick_pass, by_layers=by_layers)
+            self._running.append(running)
+            if running.error and running.order.waits:
+                self._failed_step = self._step
+            elif running.order.waits:
+                self._loading.append(running)
 
     def _wait_for_loads(self) -> None:
         assert self._copier is not None or not self._loading
@@ -183,8 +168,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """End all copies and let the slots go."""
-        drop_worker(self._key)
-        for running in (*self._running, *self._ahead.values()):
+        for running in self._running:
             running.wait()
         self._collect()
         self._copier = None
@@ -219,8 +203,6 @@ class WorkerHalf:
             logger.warning("LMKV: rank %s can't reach the slots: %s", self._rank, self._refusal)
             self._report.unreachable = self._refusal
             return
-        self._key = info.key
-        offer_worker(info.key, self)
         self._report.mapped += 1
 
     @staticmethod

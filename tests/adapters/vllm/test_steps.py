@@ -128,53 +128,10 @@ def test_in_a_quick_pass_only_the_largest_load_comes_by_layers(
     assert [tuple(answers[request].outputs[0].token_ids) for request in "ab"] == [answer.tokens for answer in wanted]
 
 
-@pytest.mark.parametrize("layerwise", [True, False])
-def test_loads_begin_while_others_are_scheduled(
-    layerwise: bool, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = engine_of(connector={"lmkv.load_ahead": True, "lmkv.layerwise": layerwise})
-    known = [text(6 * CHUNK, seed=21), text(2 * CHUNK, seed=22), text(4 * CHUNK, seed=23)]
-    wanted = engine.computed(known)
-    engine.ask(known)
-    happened: list[Any] = []
-    load, orders, allocated = Copier.load, engine.half.orders, engine.half.allocated
-
-    def recorded_load(copier: Any, order: Any, **how: Any) -> Any:
-        happened.append((order.tokens, how["layerwise"]))
-        return load(copier, order, **how)
-
-    def recorded_orders(output: Any) -> Any:
-        happened.append("orders")
-        return orders(output)
-
-    def recorded_allocated(*arguments: Any) -> None:
-        happened.append("blocks")
-        allocated(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Copier, "load", recorded_load)
-        patch.setattr(engine.half, "orders", recorded_orders)
-        patch.setattr(engine.half, "allocated", recorded_allocated)
-        vllm = engine.llm.llm_engine
-        for request, prompt in zip("abc", known, strict=True):
-            vllm.add_request(request, {"prompt_token_ids": prompt}, params(6))
-        answers = {}
-        while vllm.has_unfinished_requests():
-            answers |= {output.request_id: output for output in vllm.step()}
-    assert [tuple(answers[request].outputs[0].token_ids) for request in "abc"] == [answer.tokens for answer in wanted]
-    loads = [(len(prompt) - 1, layerwise and number == 2) for number, prompt in enumerate(known)]
-    if layerwise:  # each one waits for the next, in case that it is the last
-        assert happened[:7] == ["blocks", "blocks", loads[0], "blocks", loads[1], loads[2], "orders"]
-    else:
-        assert happened[:7] == ["blocks", loads[0], "blocks", loads[1], "blocks", loads[2], "orders"]
-
-    engine.check_clean()
-
-
-def test_no_load_begins_ahead_while_others_copy_from_its_blocks(
+def test_no_load_begins_while_others_copy_from_its_blocks(
     engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_of(connector={"lmkv.load_ahead": True}, num_gpu_blocks_override=14, max_model_len=384)
+    engine = engine_of(num_gpu_blocks_override=14, max_model_len=384)
     known, other = text(3 * CHUNK, seed=24), text(5 * CHUNK, seed=25)
     wanted = engine.computed([known, other])
     engine.ask([known])
