@@ -177,7 +177,8 @@ class Bytes:
             torch.cuda.synchronize(slots.device)
         layers = [torch.stack([part[slots, 0] for part in layer]) for layer in self._layers()]
         rows = torch.stack(layers).permute(2, 0, 1, 3, 4).contiguous()  # [slots, layers, kv, heads, head size]
-        return rows.view(torch.uint8).cpu().numpy().reshape(len(slots), -1)
+        data = rows.view(torch.uint8).cpu().numpy()
+        return data.reshape(len(slots), int(np.prod(data.shape[1:])))  # of a text that the tree has lost, too
 
     def _payload(self, tokens: list[int], width: int) -> Any:
         """What LMKV has of a text, as [tokens, bytes]."""
