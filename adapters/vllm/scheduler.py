@@ -144,7 +144,7 @@ class SchedulerHalf:
     def arrived(self, request: Any) -> RequestState:
         """Begin to remember a request."""
         state = self._requests.get(request.request_id)
-        if state is not None:
+        if state is not None and state.request is request:  # not one of that name that has ended, but for its copies
             return state
         if getattr(request, "resumable", False):  # its text may be cut while it runs
             self._steps_in_flight = math.inf
@@ -209,7 +209,7 @@ class SchedulerHalf:
         lease = state.lease
         assert self.store is not None
         assert lease is not None, "vLLM loads only what was found for the request"
-        state.lease = None
+        state.lease, lease.until = None, math.inf  # a copy that takes long must not lose what it copies from
         start, stop, width = state.computed, state.computed + external, self.store.layout.chunk_tokens
         state.hit_tokens = lease.hit_tokens
         if not self.store.config.ram_cache:  # slow tiers have it, and RAM won't know of it any more
@@ -317,9 +317,6 @@ class SchedulerHalf:
     def _renew(self) -> None:
         """A lease that is still needed must not end because a step took long."""
         self._renewed = True
-        for record in self._copies.values():
-            if isinstance(record.hold, Lease):
-                record.hold.renew()
         for state in self._requests.values():
             if state.lease is not None:
                 state.lease.renew()
@@ -353,8 +350,8 @@ class SchedulerHalf:
             self._loaded(record, record.hold)
         else:
             self._stored(record, record.hold)
-        if state.ended and not state.copies:
-            self._requests.pop(state.id, None)
+        if state.ended and not state.copies and self._requests.get(state.id) is state:
+            del self._requests[state.id]
 
     def _loaded(self, record: CopyRecord, lease: Lease) -> None:
         lease.release()

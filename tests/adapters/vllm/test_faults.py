@@ -85,6 +85,26 @@ def test_a_failed_load_ends_the_request_where_vllm_is_told_so(
     assert_same(engine.ask([prompt]), right)
 
 
+def test_a_slow_load_keeps_what_it_copies_from(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(connector={"lmkv.lease_seconds": 0.05, "lmkv.ram_capacity": "1MiB", "lmkv.ram_extent": "1MiB"})
+    prompt = text(300, seed=65)
+    wanted = engine.ask([prompt])
+    real = Copier.load
+
+    def slow(copier: Copier, order: Any, **more: Any) -> Running:
+        time.sleep(0.2)
+        with engine.store.reserve(text(48 * 20, seed=66)) as reservation:  # as a tier's thread that needs slots
+            for slot in reservation.slots:
+                slot.payload[:] = bytes(len(slot.payload))
+            return real(copier, order, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Copier, "load", slow)
+        found = engine.ask([prompt])
+    assert found[0].cached == 299
+    assert_same(found, wanted)
+
+
 def test_failed_stores_are_misses(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = text(150, seed=71)
     engine = engine_of(max_num_batched_tokens=64)

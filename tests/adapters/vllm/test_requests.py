@@ -95,6 +95,30 @@ def test_aborted_requests_leave_nothing(load: str, engine_of: Callable[..., Any]
     assert tuple(said) == wanted[0].tokens
 
 
+def test_a_name_that_comes_again_is_another_request(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    engine = engine_of()
+    known, other = text(300, seed=11), text(300, seed=12)
+    wanted = engine.computed([other])
+    engine.ask([known])
+    vllm = engine.llm.llm_engine
+    with monkeypatch.context() as patch:
+        patch.setattr(Running, "done", lambda running: not running.order.load)  # the load takes its time
+        vllm.add_request("name", {"prompt_token_ids": known}, greedy(8))
+        vllm.step()
+        vllm.abort_request(["name"])
+        vllm.step()
+        assert [state.ended for state in engine.half._requests.values()] == [True]
+        vllm.add_request("name", {"prompt_token_ids": other}, greedy(6))
+        vllm.step()
+    said: tuple[int, ...] = ()
+    while vllm.has_unfinished_requests():
+        for output in vllm.step():
+            said = tuple(output.outputs[0].token_ids)
+    assert said == wanted[0].tokens
+    assert_same(engine.ask([other]), wanted)
+
+
 def test_state_layers_are_computed_with_a_word_of_why(engine_of: Callable[..., Any]) -> None:
     engine = engine_of("mamba")
     assert "MambaSpec, which is not served" in engine.half.refusal
