@@ -59,10 +59,15 @@ def wishes_of(params: Mapping[str, Any] | None) -> Wishes:
         elif name == "salt":
             salt = str(value)
         elif name.startswith("tag."):
-            tags.append(f"{name.removeprefix('tag.')}={value}")
+            tags.append(f"{_quoted(name.removeprefix('tag.'))}={_quoted(value)}")
         else:
             unknown.append(str(key))
     return Wishes(flags["skip_save"], flags["skip_load"], priority, salt, tuple(sorted(tags)), tuple(unknown))
+
+
+def _quoted(value: object) -> str:
+    """A sender's text as part of a list, which it can't add to."""
+    return "".join(f"%{ord(sign):x}%" if sign in "%;=" else sign for sign in str(value))
 
 
 def refusal(request: Any) -> str:
@@ -113,7 +118,7 @@ def namespace_of(base: Namespace, request: Any, wishes: Wishes, adapters: Adapte
     if request.lora_request is not None:
         changes["lora"] = adapters.name(request.lora_request)
     few = [
-        f"{feature.identifier}@{feature.mm_position.offset}+{feature.mm_position.length}"
+        f"{_quoted(feature.identifier)}@{feature.mm_position.offset}+{feature.mm_position.length}"
         for feature in request.mm_features or ()
         if feature.mm_position.length < _FEW_TOKENS
     ]

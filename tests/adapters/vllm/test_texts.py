@@ -82,6 +82,11 @@ def test_salts_tags_and_adapters_separate(tmp_path: Path) -> None:
         request(cache_salt="xy"),
         request(kv_transfer_params={"lmkv.tag.u": 1}),
         request(kv_transfer_params={"lmkv.tag.u": 2}),
+        request(kv_transfer_params={"lmkv.tag.u": 1, "lmkv.tag.v": 2}),
+        request(kv_transfer_params={"lmkv.tag.u": "1;tag:v=2"}),  # a value is no second tag
+        request(kv_transfer_params={"lmkv.tag.u=1;tag:v": "2"}),
+        request(kv_transfer_params={"lmkv.tag.u": "1;input:cat@5+1"}),
+        request(kv_transfer_params={"lmkv.tag.u": 1}, mm_features=[image("cat", 5, 1)]),
         request(lora_request=lora),
     ]
     assert len({root(one) for one in asked}) == len(asked)
