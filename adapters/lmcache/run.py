@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lmkv import __version__
 from lmkv.config import SGLANG_VARIABLE
 
 from ..access import is_loopback
@@ -41,15 +45,21 @@ class LMCacheEngineBuilder:
         """Nothing: the store writes what waits and closes with its engine."""
 '''
 _PLUGIN = "lmkv_as_lmcache-1.0.dist-info"
+#: The names in here are those of 0.3.15; programs print the version, or want at least some.
+_VERSION = f"0.3.15+lmkv.{__version__}"
+_INSTALLED = f"lmcache-{_VERSION}.dist-info"
+#: A word such as LMCACHE_CHUNK_SIZE=8, which a shell would take for a variable of the command behind it.
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 #: Files of the package and of vLLM's plug-in: path -> text. Folders of the package become packages.
 _FILES: Mapping[str, str] = {
-    "lmcache/__init__.py": '"""LMKV under LMCache\'s name, by ``lmkv run --as-lmcache``."""\n\nfrom lmkv import __version__\n',
+    "lmcache/__init__.py": f'"""LMKV under LMCache\'s name, by ``lmkv run --as-lmcache``."""\n\n__version__ = "{_VERSION}"\n',
     "lmcache/c_ops.py": '"""The compiled part of LMKV, under LMCache\'s name for its own."""\n\nimport lmkv._native\n',
     "lmcache/v1/api_server/__main__.py": _CONTROLLER,
     "lmcache/v1/cache_engine.py": _ENGINE,
     "lmcache/v1/server/__main__.py": _SERVER,
     "lmcache/v1/standalone/__main__.py": _MAIN.format(module="lmkv.standalone", name="main"),
     "lmcache/integration/vllm/utils.py": '"""Names that programs import."""\n\nENGINE_NAME = "vllm-instance"\n',
+    f"{_INSTALLED}/METADATA": f"Metadata-Version: 2.1\nName: lmcache\nVersion: {_VERSION}\n",
     f"{_PLUGIN}/METADATA": "Metadata-Version: 2.1\nName: lmkv-as-lmcache\nVersion: 1.0\n",
     f"{_PLUGIN}/entry_points.txt": "[vllm.general_plugins]\nlmkv_as_lmcache = lmkv.adapters.lmcache.run:name_connector\n",
 }
@@ -81,14 +91,39 @@ def controller(argv: Sequence[str]) -> int:
     return 2
 
 
+#: What of vLLM's configuration turns the flags of offloading into a connector.
+_OFFLOADING = "_post_init_kv_transfer_config"
+
+
 def name_connector() -> None:
-    """Make ``LMCacheConnectorV1`` another name of LMKV's connector; called by vLLM in each of its processes."""
+    """Make LMCache's connectors other names of LMKV's; called by vLLM in each of its processes."""
+    from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from ..vllm import register
 
     register()
-    KVConnectorFactory._registry["LMCacheConnectorV1"] = KVConnectorFactory._registry["LMKVConnector"]
+    for name in ("LMCacheConnectorV1", "LMCacheMPConnector"):
+        KVConnectorFactory._registry[name] = KVConnectorFactory._registry["LMKVConnector"]
+    original = getattr(VllmConfig, _OFFLOADING, None)
+    if original is not None and not hasattr(original, "_lmkv"):
+        setattr(VllmConfig, _OFFLOADING, _sized(original))
+
+
+def _sized(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``--kv-offloading-backend lmcache`` with the size that goes with it, which newer vLLM leaves to a server of LMCache."""
+
+    @functools.wraps(original)
+    def sized(config: Any) -> None:
+        original(config)
+        size = getattr(config.cache_config, "kv_offloading_size", None)
+        if size and getattr(config.cache_config, "kv_offloading_backend", "") == "lmcache" and config.kv_transfer_config:
+            extra = config.kv_transfer_config.kv_connector_extra_config
+            if not any(key.endswith(("ram_capacity", "max_local_cpu_size")) for key in extra):
+                extra["lmkv.ram_capacity"] = int(size * 1024**3)
+
+    sized._lmkv = True  # type: ignore[attr-defined]
+    return sized
 
 
 @contextlib.contextmanager
@@ -127,7 +162,8 @@ def _run(command: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         process = subprocess.Popen(command, env=environ)
     except OSError as error:
-        print(f"lmkv run: expected a command that can be run; got {command[0]!r}: {error.strerror}", file=sys.stderr)
+        why = f"{error.strerror} (what a shell does itself, such as export, goes into: bash -c '…')"
+        print(f"lmkv run: expected a command that can be run; got {command[0]!r}: {why}", file=sys.stderr)
         return 127
     for number in early:
         process.send_signal(number)
@@ -139,7 +175,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Run a command; returns its exit status (2 for a wrong command line, 127 where it can't be run)."""
     parser = argparse.ArgumentParser(
         prog="lmkv run",
-        usage="lmkv run --as-lmcache -- COMMAND [ARG ...]",
+        usage="lmkv run --as-lmcache -- [NAME=VALUE ...] COMMAND [ARG ...]",
         description="Run a command in which lmcache_server, python -m lmcache.v1.standalone and the imports of LMCache's "
         "examples are LMKV's.",
     )
@@ -147,9 +183,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, behind --")
     args = parser.parse_args(list(argv))
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    env = dict(os.environ if environ is None else environ)
+    while command and (assigned := _ASSIGNMENT.fullmatch(command[0])):
+        env[assigned[1]] = assigned[2]
+        command = command[1:]
     if not command:
         parser.error("expected a command behind --; got none")
-    env = dict(os.environ if environ is None else environ)
     env.setdefault(SGLANG_VARIABLE, "1")
     with stand_in() as folder:
         for variable, place in (("PATH", "bin"), ("PYTHONPATH", "lib")):

@@ -34,7 +34,9 @@ import lmcache, lmcache.c_ops, lmkv
 from lmcache.v1.cache_engine import LMCacheEngineBuilder
 from lmcache.integration.vllm.utils import ENGINE_NAME
 LMCacheEngineBuilder.destroy(ENGINE_NAME)
-print(ENGINE_NAME, lmcache.__version__ == lmkv.__version__)
+from importlib.metadata import version  # how guides have people check what they installed
+assert version("lmcache") == lmcache.__version__
+print(ENGINE_NAME, lmcache.__version__ == f"0.3.15+lmkv.{lmkv.__version__}")
 """
     done = run(environ, sys.executable, "-c", code)
     assert (done.stdout, done.stderr) == ("vllm-instance True\n", "")
@@ -101,6 +103,19 @@ def test_exit_status_and_wrong_command_lines(environ: dict[str, str]) -> None:
     done = run(environ, "/nonexistent/command")
     assert done.returncode == 127
     assert "No such file" in done.stderr
+    done = run(environ, "unset", "LMCACHE_CHUNK_SIZE")
+    assert done.returncode == 127
+    assert "bash -c" in done.stderr
+    assert run(environ, "A=1").returncode == 2
     done = run(environ)
     assert done.returncode == 2
     assert "expected a command behind --" in done.stderr
+
+
+def test_variables_in_front_of_the_command(environ: dict[str, str]) -> None:
+    """As guides write them, and as a shell takes them where nothing stands before."""
+    code = "import os, lmcache; print([os.environ.get(name) for name in ('LMCACHE_CONFIG_FILE', 'A_1', 'B')])"
+    done = run(environ, "LMCACHE_CONFIG_FILE=./a b=c.yaml", "A_1=", sys.executable, "-c", code, "B=2")
+    assert (done.stdout, done.stderr) == ("['./a b=c.yaml', '', None]\n", "")
+    done = run(environ, f"PATH={environ['PATH']}", "PYTHONPATH=/nowhere", sys.executable, "-c", "import lmcache.c_ops")
+    assert done.returncode == 0, done.stderr
