@@ -14,7 +14,7 @@ from lmkv.adapters.lmcache.migrate import main
 from lmkv.config import StoreConfig
 
 SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
-FILES = sorted(path.stem for path in SEEDS.glob("*.yaml") if path.stem != "env-compose")
+FILES = sorted(path.stem for path in SEEDS.glob("*.yaml") if not path.stem.startswith("docker-"))
 
 
 @pytest.mark.parametrize("name", FILES)

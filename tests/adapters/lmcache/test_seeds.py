@@ -7,13 +7,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from lmkv.adapters.lmcache import load_config
 from lmkv.adapters.lmcache.config import Loaded
-from lmkv.config import StoreConfig
+from lmkv.adapters.lmcache.serve import parse_arguments
+from lmkv.config import StoreConfig, parse_bytes
 
 SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
 GIB = 1024**3
@@ -69,6 +71,8 @@ WARNINGS = {
     "nixl-obj": ["OBJ is served by s3://"],
 }
 WARNINGS["p2p-2"] = WARNINGS["p2p-1"]
+#: Files of ``docker compose``, with how many of their services read a configuration.
+COMPOSE = {"docker-compose-server": 2, "docker-compose-mooncake": 2}
 
 
 def load(name: str, environ: dict[str, str] | None = None) -> Loaded:
@@ -76,7 +80,7 @@ def load(name: str, environ: dict[str, str] | None = None) -> Loaded:
 
 
 def test_none_is_forgotten() -> None:
-    assert {path.stem for path in SEEDS.glob("*.yaml")} == {*MEANINGS, "env-compose"}
+    assert {path.stem for path in SEEDS.glob("*.yaml")} == {*MEANINGS, *COMPOSE}
 
 
 @pytest.mark.parametrize("name", MEANINGS)
@@ -231,8 +235,39 @@ FILES = {
 def variables_before_commands() -> list[dict[str, str]]:
     lines = (SEEDS / "env-commands.txt").read_text().splitlines()
     found = [dict(word.split("=", 1) for word in shlex.split(line)) for line in lines]
-    compose = yaml.safe_load((SEEDS / "env-compose.yaml").read_text())
-    return found + [dict(word.split("=", 1) for word in words) for words in compose.values()]
+    services = [service for name in COMPOSE for service in services_of(name).values()]
+    return found + [dict(word.split("=", 1) for word in service.get("environment", ())) for service in services]
+
+
+def services_of(name: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = yaml.safe_load((SEEDS / f"{name}.yaml").read_text(encoding="utf-8"))["services"]
+    return found
+
+
+@pytest.mark.parametrize("name", COMPOSE)
+def test_compose_files(name: str) -> None:
+    listed = (SEEDS / "commands.txt").read_text(encoding="utf-8").splitlines()
+    configured = 0
+    for service in services_of(name).values():
+        assert " ".join(service["command"].split()) in listed  # and so a row of the page
+        environ = dict(word.split("=", 1) for word in service.get("environment", ()))
+        file = environ.get("LMCACHE_CONFIG_FILE", "")
+        configured += bool(file)
+        assert not file or any(volume.endswith(f":{file}") for volume in service["volumes"])
+    assert configured == COMPOSE[name]
+
+
+def test_the_server_of_a_compose_file_fits_its_container() -> None:
+    service = services_of("docker-compose-server")["lmcache-server"]
+    *_, command = service["command"].split("&&")
+    assert command.split()[0] == "lmcache_server"
+    options = parse_arguments([*command.split()[1:], "--insecure"], {})  # which lmcache_server is given by lmkv run
+    assert (options.host, options.port) == ("0.0.0.0", 65432)
+    assert service["ports"] == ["65432:65432"]
+    assert options.capacity < parse_bytes(service["deploy"]["resources"]["limits"]["memory"].replace("G", "GiB"))
+    clients = [services_of("docker-compose-server")[f"vllm-instance-{number}"] for number in (1, 2)]
+    url = load(FILES[clients[0]["environment"][0].partition("=")[2]]).config.tiers[0].url
+    assert url == f"lm://{service['container_name']}:{options.port}"
 
 
 def test_variables_in_front_of_commands_and_in_compose_files() -> None:
