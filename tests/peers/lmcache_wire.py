@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,12 @@ os.environ.update(LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR", OMP_NU
 import known_kv
 import servers
 import torch
+from lmcache.v1.memory_management import BytesBufferMemoryObj, MemoryFormat
 from lmcache_client import Client
 
 import lmkv
 from lmkv.backends import BackendSettings, open_backend
+from lmkv.backends.lm_wire import Command, Request
 from lmkv.chunks import ChunkKey
 
 LMKV_SERVER = ("-c", "import sys; from lmkv.cli import main; sys.exit(main())", "serve")
@@ -66,6 +69,60 @@ def its_client_with_our_server() -> None:
                     assert bits(client.get(number)) == stored[number], f"{dtype}: other bytes came back"
             replaced = bits(first.put(hashes[0], 256))
             assert bits(first.get(hashes[0])) == replaced
+
+
+def what_its_serializers_send() -> None:
+    """Mere bytes (``remote_serde: cachegen``), latents, and numbers of one byte: one client stores, another loads."""
+    with server(*LMKV_SERVER) as port:
+        first, second = (Client(port, 4, 256, 128, torch.bfloat16) for _ in range(2))
+        for size in (1, 777, 4 << 20):
+            sent = os.urandom(size)
+            first.run(first.connector.put(first.key(size), BytesBufferMemoryObj(sent)))
+            servers.until(lambda size=size: second.run(second.connector.exists(second.key(size))))  # a PUT has no answer
+            found = second.run(second.connector.get(second.key(size)))
+            assert found is not None
+            assert bytes(found.byte_array) == sent, f"{size} bytes: others came back"
+        for number, (shape, dtype, fmt) in enumerate(
+            [
+                ([1, 4, 256, 576], torch.bfloat16, MemoryFormat.KV_MLA_FMT),
+                ([2, 4, 31, 128], torch.float8_e4m3fn, MemoryFormat.KV_2LTD),
+                ([2, 4, 256, 128], torch.float8_e5m2, MemoryFormat.KV_2LTD),
+            ]
+        ):
+            held = first.memory.allocate(torch.Size(shape), dtype, fmt)
+            held.tensor.view(torch.uint8).random_(0, 256)
+            sent = bytes(held.byte_array)
+            first.run(first.connector.put(first.key(-number - 1), held))
+            servers.until(lambda number=number: second.run(second.connector.exists(second.key(-number - 1))))
+            found = second.run(second.connector.get(second.key(-number - 1)))
+            assert found is not None
+            assert (found.get_shape(), found.get_dtype()) == (torch.Size(shape), dtype)
+            assert bytes(found.byte_array) == sent, f"{dtype}: other bytes came back"
+
+
+def it_beside_clients_that_misbehave() -> None:
+    """LMCache's client stores and loads while others stop in the middle, send nonsense, and come by the hundred."""
+    with server(*LMKV_SERVER, "--max-connections", "300") as port:
+        client = Client(port, 4, 256, 128, torch.bfloat16)
+        stored = {number: bits(client.put(number, 256)) for number in range(4)}
+        name = client.key(0).to_string().encode()
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+        for bad in (
+            Request(Command.PUT, name, 8 << 20, shape=(2, 8, 256, 1024)).pack() + b"x" * 1000,  # and ends there
+            Request(Command.PUT, name, 64, shape=(2, 8, 256, 1024)).pack() + b"x" * 64,  # not what it says
+            Request(Command.GET, name).pack()[:100],
+            Request(Command.GET, b"k" * 150).pack() + b"k" * 250,  # a longer key than the protocol has
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b" " * 200,
+            os.urandom(4096),
+        ):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(bad)
+            for number, sent in stored.items():
+                found = bits(client.get(number))
+                assert found == sent or (number == 0 and found is None), "other bytes came back"
+        assert bits(client.put(0, 256)) == bits(client.get(0))
+        for sock in idle:
+            sock.close()
 
 
 def our_backend_with_its_server() -> None:
@@ -113,7 +170,13 @@ def both_clients_on_one_server() -> None:
 def main() -> int:
     """Run all; a failed assertion ends it."""
     print(f"lmcache {importlib.metadata.version('lmcache')}")
-    for check in (its_client_with_our_server, our_backend_with_its_server, both_clients_on_one_server):
+    for check in (
+        its_client_with_our_server,
+        what_its_serializers_send,
+        it_beside_clients_that_misbehave,
+        our_backend_with_its_server,
+        both_clients_on_one_server,
+    ):
         begin = time.monotonic()
         check()
         print(f"{check.__name__}: {time.monotonic() - begin:.1f} s", flush=True)
