@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -33,6 +35,8 @@ _HEAD = struct.Struct(f"<8sQQ6iI{MOST_KEY_BYTES}s")
 _HEAD_BYTES = 256
 _FAILURES, _REST_SECONDS, _FIRST_REST = 3, 10.0, 0.5
 _TELL_SECONDS = 10.0
+#: Keys whose value there is known to be out of date.
+_MOST_STALE = 1 << 16
 
 
 class Behind:
@@ -58,6 +62,8 @@ class Behind:
         self._most = most_bytes
         self._breaker = Breaker("tier", _FAILURES, _REST_SECONDS, self._emit, first_seconds=_FIRST_REST)
         self._backend: Backend = open_backend(scheme, settings)
+        self._lock = threading.Lock()
+        self._stale: OrderedDict[ChunkKey, None] = OrderedDict()
 
     def _emit(self, kind: str, tier: str, **detail: object) -> None:
         if kind == "tier_failed":
@@ -69,15 +75,30 @@ class Behind:
             self._told = now
             self._tell(f"the tier behind failed to {operation}: {reason}")
 
-    def _call(self, operation: str, call: Callable[[], None]) -> None:
+    def _call(self, operation: str, call: Callable[[], None]) -> bool:
+        """Whether it was done."""
         if not self._breaker.allows():
-            return
+            return False
         try:
             call()
         except LMKVError as error:
             self._breaker.failure(operation, str(error))
-        else:
-            self._breaker.success()
+            return False
+        self._breaker.success()
+        return True
+
+    def _changed(self, name: ChunkKey, done: bool) -> None:
+        """Remember what could not be replaced or deleted: what stands there is not to be found any more."""
+        with self._lock:
+            self._stale.pop(name, None)
+            if not done:
+                self._stale[name] = None
+                if len(self._stale) > _MOST_STALE:
+                    self._stale.popitem(last=False)
+
+    def _is_stale(self, name: ChunkKey) -> bool:
+        with self._lock:
+            return name in self._stale
 
     @staticmethod
     def _name(key: bytes) -> ChunkKey:
@@ -85,10 +106,12 @@ class Behind:
 
     def contains(self, key: bytes) -> bool:
         """Whether something stands there that may be the value."""
-        found = [False]
+        found, name = [False], self._name(key)
+        if self._is_stale(name):
+            return False
 
         def call() -> None:
-            found[:] = self._backend.contains_many([self._name(key)])
+            found[:] = self._backend.contains_many([name])
 
         self._call("look up", call)
         return found[0]
@@ -101,10 +124,14 @@ class Behind:
         _HEAD.pack_into(record, 0, _MAGIC, size, 0, value.fmt, value.dtype, *value.shape, len(key), key)
         record[_HEAD.size : _HEAD_BYTES] = bytes(_HEAD_BYTES - _HEAD.size)
         record[16:24] = xxhash.xxh3_64_intdigest(record).to_bytes(8, "little")
-        self._call("write", lambda: self._backend.write_many([self._name(key)], [record]))
+        name = self._name(key)
+        self._changed(name, self._call("write", lambda: self._backend.write_many([name], [record])))
 
     def read(self, key: bytes) -> Value | None:
         """A value, proved to be the one that was written under this key; a damaged one is deleted."""
+        name = self._name(key)
+        if self._is_stale(name):
+            return None
         try:
             room = memoryview(np.empty(_HEAD_BYTES + self._most, np.uint8))  # touched only as far as a value reaches
         except MemoryError:
@@ -113,7 +140,7 @@ class Behind:
         sizes: list[int | None] = [None]
 
         def call() -> None:
-            sizes[:] = self._backend.read_many([self._name(key)], [room])
+            sizes[:] = self._backend.read_many([name], [room])
 
         self._call("read", call)
         if sizes[0] is None:
@@ -138,7 +165,8 @@ class Behind:
 
     def remove(self, key: bytes) -> None:
         """Drop what stands under a key."""
-        self._call("delete", lambda: self._backend.delete_many([self._name(key)]))
+        name = self._name(key)
+        self._changed(name, self._call("delete", lambda: self._backend.delete_many([name])))
 
     def close(self) -> None:
         """Release the backend."""

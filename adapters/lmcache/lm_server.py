@@ -26,6 +26,7 @@ __all__ = ["LmServer", "ServerLimits"]
 #: How long a connection that says nothing may last: for ever, as LMCache's connector never connects again.
 _FOREVER = 10 * 365 * 86400.0
 _PARTING_SECONDS = 1.0
+_LOCKS = 64
 _FAIL = Answer(Code.FAIL).pack()
 _FOUND = Answer(Code.SUCCESS).pack()
 _HEALTHY = Answer(Code.SUCCESS, shape=(GREETING, 1, 0, 0)).pack()
@@ -76,6 +77,8 @@ class LmServer:
         self._listening = socket.create_server((host, port), family=family, backlog=128)
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
         self._lock = threading.Lock()
+        #: With a tier behind memory: who changes a key's value, or brings it from there, does so in both, one after the other.
+        self._changing = [threading.Lock() for _ in range(_LOCKS)]
         self._open: set[socket.socket] = set()
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="lmkv-serve", daemon=True)
@@ -197,22 +200,27 @@ class LmServer:
         else:  # LIST, which LMCache's own server leaves without an answer
             wire.send(_FAIL)
 
+    def _of(self, key: bytes) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._behind is None else self._changing[hash(key) % _LOCKS]
+
     def _fetch(self, key: bytes) -> Value | None:
         """A value of the tier behind, which memory keeps from now on if there is room."""
-        value = self._behind.read(key) if self._behind is not None else None
-        if value is None:
+        if self._behind is None:
             return None
-        room = self.shelf.reserve(len(value.data))
-        if room is not None:
-            room[:] = value.data
-            value = Value(room, value.fmt, value.dtype, value.shape)
-            self.shelf.put(key, value)
-        return value
+        with self._of(key):
+            value = self._behind.read(key)
+            room = self.shelf.reserve(len(value.data)) if value is not None else None
+            if value is not None and room is not None:
+                room[:] = value.data
+                value = Value(room, value.fmt, value.dtype, value.shape)
+                self.shelf.put(key, value)
+            return value
 
     def _forget(self, key: bytes) -> None:
-        self.shelf.remove(key)
-        if self._behind is not None:
-            self._behind.remove(key)
+        with self._of(key):
+            self.shelf.remove(key)
+            if self._behind is not None:
+                self._behind.remove(key)
 
     def _put(self, wire: Wire, request: Request, who: str) -> None:
         """Take a value, or let it pass. What stood under the key before is gone in both cases: it is out of date."""
@@ -239,6 +247,7 @@ class LmServer:
         except BaseException:
             self.shelf.release(room)
             raise
-        self.shelf.put(request.key, value)
-        if self._behind is not None:
-            self._behind.write(request.key, value)
+        with self._of(request.key):
+            self.shelf.put(request.key, value)
+            if self._behind is not None:
+                self._behind.write(request.key, value)

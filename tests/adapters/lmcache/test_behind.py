@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import servers
-from lm_servers import EXIST, HEALTH, PUT, RawClient, running
+from lm_servers import EXIST, GET, HEALTH, PUT, RawClient, running
 
 from lmkv.adapters.lmcache.behind import Behind
 from lmkv.adapters.lmcache.shelf import Value
@@ -153,3 +154,56 @@ def test_the_command_finds_after_a_restart_what_it_kept(tmp_path: Path) -> None:
                 assert process.wait(20) == (0 if number == signal.SIGTERM else -number)
             finally:
                 process.kill()
+
+
+def test_an_old_value_that_is_being_brought_does_not_replace_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        running(tier=tmp_path.as_uri()) as server,
+        RawClient(server.address[1]) as reader,
+        RawClient(server.address[1]) as writer,
+    ):
+        writer.put(KEYS[0], b"old-old-")
+        assert writer.ask(EXIST, KEYS[0]) == 200
+        server.shelf.remove(KEYS[0])  # as an eviction does
+        assert server._behind is not None
+        read, begun, go_on = server._behind.read, threading.Event(), threading.Event()
+
+        def slowly(key: bytes) -> Value | None:
+            value = read(key)
+            begun.set()
+            go_on.wait(1)
+            return value
+
+        monkeypatch.setattr(server._behind, "read", slowly)
+        reader.sock.sendall(reader.head(GET, KEYS[0]))
+        assert begun.wait(10)
+        writer.put(KEYS[0], b"new-new-")
+        threading.Timer(0.5, go_on.set).start()
+        assert writer.ask(EXIST, KEYS[0]) == 200  # the new value was taken
+        assert reader.answer()[0] == 200
+        assert reader.exact(8) in (b"old-old-", b"new-new-")
+        for client in (reader, writer):
+            assert client.get(KEYS[0]) == b"new-new-"
+
+
+@pytest.mark.parametrize("change", [b"new-new-", b""])
+def test_what_a_tier_could_not_change_is_not_found_there_later(tmp_path: Path, change: bytes) -> None:
+    folder = tmp_path / "kv"
+    with running(tier=folder.as_uri()) as server, RawClient(server.address[1]) as client:
+        client.put(KEYS[0], b"old-old-")
+        assert client.ask(EXIST, KEYS[0]) == 200
+        folder.rename(tmp_path / "away")
+        folder.write_text("in the way")  # a share that is not mounted
+        client.put(KEYS[0], change)
+        assert client.ask(EXIST, KEYS[0]) == (200 if change else 400)
+        server.shelf.remove(KEYS[0])  # as an eviction does
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        for _ in range(2):
+            assert client.get(KEYS[0]) is None
+            assert client.ask(EXIST, KEYS[0]) == 400
+        servers.until(lambda: server._behind is not None and server._behind._breaker.allows())
+        client.put(KEYS[0], b"last one")
+        assert client.ask(EXIST, KEYS[0]) == 200
+        server.shelf.remove(KEYS[0])
+        assert client.get(KEYS[0]) == b"last one"
