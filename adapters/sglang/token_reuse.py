@@ -32,6 +32,7 @@ class _Found:
 
     Args:
         tokens, namespace: what was looked up.
+        mark: of the request that it was looked up for; a name alone may be given to another text later.
         match: ``None`` if nothing is to be loaded.
         until: when to wait no longer for slow tiers.
         hit: tokens that all ranks have.
@@ -41,6 +42,7 @@ class _Found:
 
     tokens: int
     namespace: Namespace
+    mark: object
     match: Match | None
     until: float = 0.0
     hit: int = 0
@@ -54,6 +56,11 @@ def unserved(request: Any) -> str:
         if getattr(request, name, None) is not None:
             return name
     return ""
+
+
+def _mark(request: Any) -> object:
+    """What tells a request from all others, whatever they are named: SGLang does not say of each one that it is gone."""
+    return request.__dict__.setdefault("_lmkv_mark", object())
 
 
 class TokenReuse:
@@ -92,12 +99,13 @@ class TokenReuse:
         self._waits = waits
         self._keeper = Keeper(pages, self._order, told)
         self._found: OrderedDict[str, _Found] = OrderedDict()
-        self._begun: OrderedDict[str, Namespace] = OrderedDict()
+        self._begun: OrderedDict[str, tuple[object, Namespace]] = OrderedDict()
 
     def begin(self, request: Any) -> None:
         """A request is matched, perhaps again: from now on its KV may be computed."""
-        if request.rid not in self._begun:
-            self._begun[request.rid] = self._text(request, (0,)).namespace
+        mark = _mark(request)
+        if self._begun.get(request.rid, (None,))[0] is not mark:
+            self._begun[request.rid] = (mark, self._text(request, (0,)).namespace)
             while len(self._begun) > _MOST_REQUESTS:
                 self._begun.popitem(last=False)
 
@@ -111,9 +119,10 @@ class TokenReuse:
             return 0
         namespace = self._text(request, (0,)).namespace
         known = self._found.get(request.rid)
-        if known is not None and (known.tokens, known.namespace) == (len(tokens), namespace):
+        mark = _mark(request)
+        if known is not None and known.mark is mark and (known.tokens, known.namespace) == (len(tokens), namespace):
             return known.hit
-        found = _Found(len(tokens), namespace, None, time.monotonic() + self.pages.store.config.deadline_seconds)
+        found = _Found(len(tokens), namespace, mark, None, time.monotonic() + self.pages.store.config.deadline_seconds)
         try:
             found.match = self.pages.find(self._text(request, tokens))
             if not self.queued:
@@ -182,9 +191,9 @@ class TokenReuse:
         found = self._found.get(request.rid)
         done = self._agree(self._load(request, found, slots, start, quick_pass))
         self._told.add(hit_tokens=len(slots), loaded_tokens=done, loads=int(done > 0), load_failures=int(done < len(slots)))
-        if found is not None:
+        if found is not None and found.mark is _mark(request):
             # what did not come is not promised to this request once more, or it would be asked for in each round
-            self._remember(request, _Found(found.tokens, found.namespace, None, hit=start + done, settled=True))
+            self._remember(request, _Found(found.tokens, found.namespace, found.mark, None, hit=start + done, settled=True))
         return done
 
     def settle(self, *, all_: bool = True) -> None:
@@ -193,7 +202,9 @@ class TokenReuse:
             self._waits.let_go(all_=all_)
 
     def _load(self, request: Any, found: _Found | None, slots: Any, start: int, quick_pass: bool) -> int:
-        if found is None or found.match is None or found.namespace != self._text(request, (0,)).namespace:
+        if found is None or found.match is None or found.mark is not _mark(request):
+            return 0
+        if found.namespace != self._text(request, (0,)).namespace:
             return 0
         try:
             lease = self.pages.lease(found.match)
@@ -232,7 +243,8 @@ class TokenReuse:
             self._told.add(store_failures=1)
             self._told.trouble("a text was not kept", str(error))
             return None
-        if self._begun.get(request.rid, text.namespace) != text.namespace:
+        mark, namespace = self._begun.get(request.rid, (None, text.namespace))
+        if mark is _mark(request) and namespace != text.namespace:
             return None  # the weights changed under it
         return self._keeper.keep(text, slots)
 
