@@ -33,6 +33,7 @@ __all__ = ["install", "open_tree", "serve"]
 _REGISTRY = "sglang.srt.mem_cache.registry"
 _FACTORY = "default_radix_cache_factory"
 _LMCACHES_TREE = "sglang.srt.mem_cache.storage.lmcache.lmc_radix_cache"
+_ARGUMENTS = ("sglang.srt.server_args", "ServerArgs", "check_server_args")
 _DOOR = "--enable-lmcache"
 
 
@@ -50,7 +51,30 @@ def install() -> str:
     if not hasattr(registry, _FACTORY):
         return f"expected {_FACTORY} in {_REGISTRY}; this SGLang has none"
     hooks.HookRegistry.register(f"{_REGISTRY}.{_FACTORY}", serve, hooks.HookType.AROUND)
+    module, owner, method = _ARGUMENTS
+    if hasattr(getattr(importlib.import_module(module), owner, None), method):
+        hooks.HookRegistry.register(".".join(_ARGUMENTS), _checked, hooks.HookType.AROUND)
     return ""
+
+
+def _asked(arguments: Any) -> Settings | None:
+    """What the user set, if LMKV is meant by the flag.
+
+    Raises:
+        ConfigError: there is a mistake in it.
+    """
+    file = getattr(arguments, "lmcache_config_file", None)
+    # LMCache needs that file too: where it is installed, the file alone does not say who is meant
+    meant = None if importlib.util.find_spec("lmcache") else file
+    if not getattr(arguments, "enable_lmcache", False) or not asked_for(os.environ, meant):
+        return None
+    return read_settings(file, {}, os.environ)
+
+
+def _checked(original: Callable[[Any], Any], arguments: Any) -> Any:
+    """SGLang's look at its arguments, before it loads a model: where a mistake in a configuration is said, too."""
+    _asked(arguments)
+    return original(arguments)
 
 
 def serve(original: Callable[[Any], Any], context: Any) -> Any:
@@ -60,14 +84,10 @@ def serve(original: Callable[[Any], Any], context: Any) -> Any:
         original: ``default_radix_cache_factory``.
         context: its ``TreeCacheBuildContext``.
     """
-    arguments = context.server_args
-    if not getattr(arguments, "enable_lmcache", False):
+    settings = _asked(context.server_args)
+    if settings is None:
         return original(context)
-    file = getattr(arguments, "lmcache_config_file", None)
-    # LMCache needs that file too: where it is installed, the file alone does not say who is meant
-    if not asked_for(os.environ, None if importlib.util.find_spec("lmcache") else file):
-        return original(context)
-    with _in_lmcaches_place(functools.partial(open_tree, context, read_settings(file, {}, os.environ))):
+    with _in_lmcaches_place(functools.partial(open_tree, context, settings)):
         tree = original(context)
     if not hasattr(tree, "lmkv"):
         telling.inactive(_DOOR, f"SGLang took {type(tree).__name__} for this model or these arguments")

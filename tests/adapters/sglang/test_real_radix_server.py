@@ -82,3 +82,29 @@ def test_an_engine_of_two_ranks(tiny_llama: Path) -> None:
     assert steps[2]["answers"] == steps[3]["answers"]
     assert "LMKV: active (--enable-lmcache" in log
     assert "not active" not in log
+
+
+@pytest.mark.parametrize(
+    ("said", "message"), [({"LMKV_SGLANG": "maybe"}, "LMKV_SGLANG"), ({"LMKV_SGLANG": "1"}, "ram_capacity")]
+)
+def test_a_mistake_is_said_before_a_model_is_loaded(
+    said: dict[str, str], message: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    from lmkv.errors import ConfigError
+
+    load_plugins()
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("ram_capasity: 1GiB\n")
+    args = ServerArgs(model_path=str(tiny_llama), device="cpu", enable_lmcache=True, lmcache_config_file=str(wrong))
+    monkeypatch.setenv("LMKV_SGLANG", "0")
+    args.check_server_args()
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        args.check_server_args()
+    wrong.write_text("ram_capacity: 1GiB\n")
+    monkeypatch.setenv("LMKV_SGLANG", "1")
+    args.check_server_args()
