@@ -10,11 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Ended", "mode_results", "print_beside_none", "run_process"]
+__all__ = ["Ended", "case_outcome", "end_with_me", "mode_results", "print_beside_none", "print_cases", "run_process"]
+
+T = TypeVar("T")
+#: Process groups that run now.
+_groups: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def run_process(
     code: int | None = None
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
+        _groups.add(process.pid)
         while code is None and time.monotonic() - begun < limit:
             time.sleep(0.3)
             code = process.poll()
@@ -64,11 +70,52 @@ def run_process(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _groups.discard(process.pid)
     return Ended(code, log.read_text(errors="replace").splitlines(), round(time.monotonic() - begun, 1))
+
+
+def end_with_me() -> None:
+    """Have what :func:`run_process` runs end when this process is told to, as by ``timeout``; it would keep the memory."""
+
+    def end(number: int, _: object) -> None:
+        for group in list(_groups):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
+def case_outcome(
+    name: str, command: Sequence[str], log: Path, *, limit: float, environ: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], Ended]:
+    """Run the process of a case, which tells one result; that, or an error, and what it said."""
+    ended = run_process(command, log, limit=limit, said_all=lambda lines: any(map(_is_result, lines[-40:])), environ=environ)
+    if ended.results:
+        return ended.results[-1], ended
+    print(name, *ended.lines[-30:], sep="\n", file=sys.stderr)
+    return {"ok": False, "error": f"no result; exit status {ended.code}, log {log}"}, ended
+
+
+def _is_result(line: str) -> bool:
+    return "R {" in line and line.rstrip().endswith("}")
+
+
+def print_cases(cases: Sequence[T], run_case: Callable[[T], dict[str, Any]], jobs: int) -> int:
+    """Print what was found in cases, of which ``jobs`` run at a time, in their order; returns 1 if one failed, else 0."""
+    end_with_me()
+    failed = False
+    with ThreadPoolExecutor(jobs) as pool:
+        for found in pool.map(run_case, cases):
+            failed |= not found["ok"]
+            print(json.dumps(found), flush=True)
+    return int(failed)
 
 
 def print_beside_none(modes: Sequence[str], run_mode: Callable[[str], list[dict[str, Any]]]) -> int:
     """Print the results of modes as they come, beside those of mode ``none``; returns 1 if a process failed, else 0."""
+    end_with_me()
     plain: dict[str, float] = {}
     failed = False
     for mode in modes:

@@ -33,11 +33,10 @@ import random
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine_processes import run_process
+from engine_processes import case_outcome, print_cases
 from sglang_environment import few_models, with_plugins
 
 HERE = Path(__file__).resolve().parent
@@ -450,19 +449,12 @@ def start_case(args: argparse.Namespace, number: int, case: dict[str, Any], mode
     site = model.parent / "site" / case["door"]
     plugins = with_plugins(site, cpu=args.device == "cpu", hosted=case["door"] in HOSTED)
     environ = {**os.environ, **few_models(), **plugins, "PROBE_FILE": str(probe), "PROBE_PLANT": args.plant}
-    ended = run_process(command, log, limit=limit, said_all=lambda lines: any(map(_is_result, lines[-40:])), environ=environ)
-    lines, results = ended.lines, ended.results
-    if not results:
-        print(name, *lines[-30:], sep="\n", file=sys.stderr)
-        results = [{"ok": False, "error": f"no result; exit status {ended.code}, log {log}"}]
+    outcome, ended = case_outcome(name, command, log, limit=limit, environ=environ)
+    lines = ended.lines
     active = any("LMKV: active" in line for line in lines)
     troubles = sorted({line[line.index("LMKV: ") :][:200] for line in lines if "LMKV: " in line and "LMKV: active" not in line})
-    ok = bool(results[-1]["ok"]) and active
-    return {**case, **results[-1], "active": active, "told": troubles, "ok": ok, "seconds": ended.seconds}
-
-
-def _is_result(line: str) -> bool:
-    return line.startswith("R {") and line.endswith("}")
+    ok = bool(outcome["ok"]) and active
+    return {**case, **outcome, "active": active, "told": troubles, "ok": ok, "seconds": ended.seconds}
 
 
 def main() -> int:
@@ -472,17 +464,12 @@ def main() -> int:
         return 0
     from models import save_model
 
-    failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.log or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         model = save_model(args.kind, Path(scratch), head_dim=64)  # which SGLang's kernels are made for
-        with ThreadPoolExecutor(args.jobs) as pool:
-            every = list(enumerate(cases(args)))
-            for found in pool.map(lambda one: start_case(args, one[0], one[1], model, folder), every):
-                failed += not found["ok"]
-                print(json.dumps(found), flush=True)
-    return int(failed > 0)
+        every = list(enumerate(cases(args)))
+        return print_cases(every, lambda one: start_case(args, one[0], one[1], model, folder), args.jobs)
 
 
 if __name__ == "__main__":

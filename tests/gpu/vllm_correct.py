@@ -20,11 +20,10 @@ import random
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine_processes import run_process
+from engine_processes import case_outcome, print_cases
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "adapters" / "vllm"))
@@ -294,17 +293,9 @@ def start_case(args: argparse.Namespace, case: dict[str, Any], model: Path, fold
     command = [sys.executable, str(Path(__file__).resolve()), "--case", json.dumps(case), "--model", str(model)]
     command += ["--tensor-parallel", str(args.tensor_parallel), "--blocks", str(args.blocks), "--jobs", str(args.jobs)]
     command += ["--extra", args.extra]
-    log = folder / ("-".join(str(value) for value in case.values()) + ".log")
-    ended = run_process(command, log, limit=args.limit, said_all=lambda lines: any(map(_is_result, lines[-40:])))
-    results = ended.results
-    if not results:
-        print(*ended.lines[-30:], sep="\n", file=sys.stderr)
-        results = [{"ok": False, "error": f"no result; exit status {ended.code}, log {log}"}]
-    return {**case, **results[-1], "seconds": ended.seconds}
-
-
-def _is_result(line: str) -> bool:
-    return "R {" in line and line.rstrip().endswith("}")
+    name = "-".join(str(value) for value in case.values())
+    outcome, ended = case_outcome(name, command, folder / f"{name}.log", limit=args.limit)
+    return {**case, **outcome, "seconds": ended.seconds}
 
 
 def main() -> int:
@@ -314,16 +305,11 @@ def main() -> int:
         return 0
     from models import save_model
 
-    failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.log or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         models = {kind: save_model(kind, Path(scratch)) for kind in args.kinds.split(",")}
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for found in pool.map(lambda case: start_case(args, case, models[case["kind"]], folder), cases(args)):
-                failed += not found["ok"]
-                print(json.dumps(found), flush=True)
-    return int(failed > 0)
+        return print_cases(cases(args), lambda case: start_case(args, case, models[case["kind"]], folder), args.jobs)
 
 
 if __name__ == "__main__":
