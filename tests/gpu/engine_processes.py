@@ -39,7 +39,15 @@ class Ended:
     @property
     def results(self) -> list[dict[str, Any]]:
         """What it told."""
-        return [json.loads(line[line.index("R {") + 2 :]) for line in self.lines if "R {" in line]
+        return [result for result in map(_result, self.lines) if result is not None]
+
+
+def _result(line: str) -> dict[str, Any] | None:
+    """The result on a line, on which other processes may have written, too; ``None`` if there is none, or not all of it."""
+    with contextlib.suppress(ValueError):
+        found: dict[str, Any] = json.JSONDecoder().raw_decode(line, line.index("R {") + 2)[0]
+        return found
+    return None
 
 
 def run_process(
@@ -91,15 +99,11 @@ def case_outcome(
     name: str, command: Sequence[str], log: Path, *, limit: float, environ: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], Ended]:
     """Run the process of a case, which tells one result; that, or an error, and what it said."""
-    ended = run_process(command, log, limit=limit, said_all=lambda lines: any(map(_is_result, lines[-40:])), environ=environ)
+    ended = run_process(command, log, limit=limit, said_all=lambda lines: any(map(_result, lines[-40:])), environ=environ)
     if ended.results:
         return ended.results[-1], ended
     print(name, *ended.lines[-30:], sep="\n", file=sys.stderr)
     return {"ok": False, "error": f"no result; exit status {ended.code}, log {log}"}, ended
-
-
-def _is_result(line: str) -> bool:
-    return "R {" in line and line.rstrip().endswith("}")
 
 
 def print_cases(cases: Sequence[T], run_case: Callable[[T], dict[str, Any]], jobs: int) -> int:
