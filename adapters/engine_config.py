@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,19 @@ _DESCRIPTIONS = ("config.json", "adapter_config.json")
 
 
 def load_beside_engine(
-    path: str | None, environ: Mapping[str, str], overrides: Mapping[str, object]
+    path: str | None, environ: Mapping[str, str], overrides: Mapping[str, object], *, leave: Container[str] = ()
 ) -> tuple[StoreConfig, Loaded]:
     """A store's config as :func:`lmkv.adapters.lmcache.load_config` reads it, with the defaults of a cache beside an engine.
 
     Unless something asks for it there is no disk tier, and the RAM tier has 5 GiB.
 
+    Args:
+        leave: keys of the file that are an adapter's own.
+
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a wrong value.
     """
-    loaded = load_config(path, environ=environ, overrides=overrides)
+    loaded = load_config(path, environ=environ, overrides=overrides, leave=leave)
     changes: dict[str, Any] = {}
     if "ram_capacity" not in loaded.given:
         changes["ram_capacity"] = RAM_CAPACITY

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 from lmkv.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, parse_yaml, read_yaml
@@ -395,6 +395,7 @@ def load_config(
     *,
     environ: Mapping[str, str],
     overrides: Mapping[str, object] | None = None,
+    leave: Container[str] = (),
 ) -> Loaded:
     """A store's config from a YAML file, ``LMCACHE_*`` and ``LMKV_*`` variables and overrides, later ones winning.
 
@@ -403,6 +404,7 @@ def load_config(
             ``LMCACHE_CONFIG_FILE`` names, if any.
         environ: the environment, ``os.environ`` or a mapping in its place.
         overrides: keys of either project, from a command line.
+        leave: keys of the file that are not the store's and that somebody else reads.
 
     Raises:
         ConfigError: as :func:`translate` and :meth:`lmkv.StoreConfig.load`.
@@ -410,7 +412,8 @@ def load_config(
     path = path or environ.get(CONFIG_FILE_VARIABLE) or environ.get(LMCACHE_FILE_VARIABLE) or None
     merged = Translated()
     if path is not None:
-        merged.update(_translate_layer(read_yaml(path), str(path)))
+        layer = {key: value for key, value in read_yaml(path).items() if key not in leave}
+        merged.update(_translate_layer(layer, str(path)))
     merged.update(_environment_layer(environ))
     native = {ENV_PREFIX + key.upper(): key for key in _NATIVE}
     shadowed = frozenset(native[variable] for variable in environ if variable in native)

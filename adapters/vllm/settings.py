@@ -6,6 +6,7 @@ Keys of ``kv_connector_extra_config`` are ``lmkv.<key>`` or ``lmcache.<key>``; a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import StoreConfig
+from ...config import CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, read_yaml
 from ...errors import ConfigError
 from ..engine_config import flag, folder_fingerprint, hub_commit, load_beside_engine, plain, whole_number
+from ..lmcache.config import LMCACHE_FILE_VARIABLE, known_keys
+from ..lmcache.names import PREFIX
 from .plans import ShardInfo
 
 __all__ = ["Settings", "read_settings", "unserved"]
@@ -28,6 +31,10 @@ _IGNORED = (
     *("mp.host", "mp.port", "enable_cache_usage_details_in_response"),
 )
 _CHOICES = {"load": ("auto", "sync", "async"), "pin": ("background", "start")}
+#: LMCache's names of the connector's settings.
+_ALIASES = {"use_layerwise": "layerwise", "min_retrieve_tokens": "min_load_tokens"}
+_OWN_OF_LMCACHE = frozenset((*_ALIASES, "save_decode_cache"))
+_OWN = frozenset(("layerwise", "log_requests", "min_load_tokens", *_CHOICES)) | _OWN_OF_LMCACHE
 
 
 @dataclass(frozen=True)
@@ -55,23 +62,41 @@ class Settings:
     warnings: tuple[str, ...] = ()
 
 
-def _own(extra: dict[str, object]) -> dict[str, Any]:
-    """The connector's own keys, taken out of ``extra``."""
+def _own(layer: Mapping[str, object], where: str) -> dict[str, Any]:
+    """The connector's own settings in one place that gives some."""
     own: dict[str, Any] = {}
-    for name in ("layerwise", "save_decode_cache", "log_requests"):
-        if name in extra:
-            own[name] = flag(f"{_WHERE}: {name}", extra.pop(name))
-    if "use_layerwise" in extra:
-        own.setdefault("layerwise", flag(f"{_WHERE}: use_layerwise", extra.pop("use_layerwise")))
-    for name, choices in _CHOICES.items():
-        if name in extra:
-            own[name] = str(extra.pop(name))
-            if own[name] not in choices:
-                raise ConfigError(f"{_WHERE}: {name}: expected one of {', '.join(choices)}; got {own[name]!r}")
-    for name in ("min_load_tokens", "min_retrieve_tokens"):
-        if name in extra:
-            own.setdefault("min_load_tokens", whole_number(f"{_WHERE}: {name}", extra.pop(name)))
+    for name in sorted(_OWN & layer.keys(), key=lambda name: name not in _ALIASES):  # its own names win over LMCache's
+        value, key, place = layer[name], _ALIASES.get(name, name), f"{where}: {name}"
+        if value is None and where != _WHERE:
+            continue  # a key without a value in a file
+        if key in _CHOICES:
+            if str(value) not in _CHOICES[key]:
+                raise ConfigError(f"{place}: expected one of {', '.join(_CHOICES[key])}; got {str(value)!r}")
+            own[key] = str(value)
+        elif key == "min_load_tokens":
+            own[key] = 1 if name in _ALIASES and str(value) == "0" else whole_number(place, value)
+        else:
+            own[key] = flag(place, value)
     return own
+
+
+def _rest(extra: Mapping[str, object]) -> dict[str, object]:
+    """What of ``kv_connector_extra_config`` is the store's.
+
+    Raises:
+        ConfigError: a key that nobody knows.
+    """
+    known = _OWN | known_keys()
+    for key in extra:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else "docs/vllm.md lists the connector's, help(lmkv.StoreConfig) the store's"
+            )
+            raise ConfigError(f"{_WHERE}: unknown key {key!r}; {hint}")
+    return {key: value for key, value in extra.items() if key not in _OWN}
 
 
 def read_settings(extra_config: Mapping[str, object], environ: Mapping[str, str] | None = None) -> Settings:
@@ -92,12 +117,14 @@ def read_settings(extra_config: Mapping[str, object], environ: Mapping[str, str]
         if name in extra and extra[name] != value:
             raise ConfigError(f"{_WHERE}: expected one value for {name}; got {extra[name]!r} and {value!r}")
         extra[name] = value
-    own = _own(extra)
-    config, loaded = load_beside_engine(None, env, extra)
-    for name in ("use_layerwise", "save_decode_cache"):
-        written = env.get(f"LMCACHE_{name.upper()}")
-        if written:
-            own.setdefault("layerwise" if name == "use_layerwise" else name, flag(f"LMCACHE_{name.upper()}", written))
+    file = env.get(CONFIG_FILE_VARIABLE) or env.get(LMCACHE_FILE_VARIABLE)
+    own = _own(read_yaml(file), file) if file else {}
+    rest = dict(env)
+    for prefix, names in ((PREFIX, _OWN_OF_LMCACHE), (ENV_PREFIX, _OWN)):
+        written = {name: rest.pop(prefix + name.upper()) for name in names if prefix + name.upper() in env}
+        own |= _own({name: value for name, value in written.items() if value}, f"environment: {prefix}*")
+    own |= _own(extra, _WHERE)
+    config, loaded = load_beside_engine(None, rest, _rest(extra), leave=_OWN)
     return Settings(config, warnings=loaded.warnings, **own)
 
 

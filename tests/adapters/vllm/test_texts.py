@@ -139,13 +139,34 @@ def test_settings_of_both_projects(tmp_path: Path) -> None:
     assert read_settings({"lmkv.disk_path": str(tmp_path)}, {}).store.disk_capacity > 0
     assert read_settings({"lmcache.use_layerwise": True}, {}).layerwise
     assert read_settings({}, {"LMCACHE_USE_LAYERWISE": "true"}).layerwise
+    assert read_settings({"lmcache.min_retrieve_tokens": 0}, {}) == plain
     assert read_settings({"discard_partial_chunks": False, "lmcache_rpc_port": "producer1"}, {}) == plain
+
+
+def test_the_connectors_own_settings_may_stand_anywhere(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "lmkv.yaml", tmp_path / "lmcache.yaml"
+    ours.write_text("layerwise: true\nload: async\nmin_load_tokens: 3\nlog_requests: false\npin: start\nchunk_size: 8\n")
+    theirs.write_text("use_layerwise: true\nsave_decode_cache: true\nmin_retrieve_tokens: 9\nlayerwise:\n")
+    found = read_settings({"lmkv.load": "sync"}, {"LMKV_CONFIG_FILE": str(ours), "LMKV_MIN_LOAD_TOKENS": "5", "LMKV_PIN": ""})
+    assert (found.layerwise, found.load, found.min_load_tokens, found.log_requests) == (True, "sync", 5, False)
+    assert (found.pin, found.store.chunk_size, found.warnings) == ("start", 8, ())
+    lmcache = {"LMCACHE_CONFIG_FILE": str(theirs)}
+    found = read_settings({}, lmcache)
+    assert (found.layerwise, found.save_decode_cache, found.min_load_tokens, found.warnings) == (True, True, 9, ())
+    found = read_settings({}, {**lmcache, "LMCACHE_USE_LAYERWISE": "false", "LMCACHE_MIN_RETRIEVE_TOKENS": "7"})
+    assert (found.layerwise, found.min_load_tokens, found.warnings) == (False, 7, ())
+    assert read_settings({"use_layerwise": False, "layerwise": True}, {}).layerwise
+    with pytest.raises(ConfigError, match=r"LMKV_\*: layerwise: expected true or false"):
+        read_settings({}, {"LMKV_LAYERWISE": "perhaps"})
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"lmkv.chunk_sise": 8}, "chunk_size"),
+        ({"lmkv.lod": "sync"}, "kv_connector_extra_config: unknown key 'lod'; did you mean 'load'"),
+        ({"lmkv.log_request": False}, "did you mean 'log_requests'"),
+        ({"lmkv.quite_another": 1}, "help"),
         ({"lmkv.load": "later"}, "sync"),
         ({"lmkv.min_load_tokens": 0}, "at least 1"),
         ({"lmkv.layerwise": "perhaps"}, "true or false"),
