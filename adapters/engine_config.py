@@ -29,6 +29,7 @@ _GIB = 1024**3
 #: Room for slots where nothing says how much, as users of such caches know it.
 RAM_CAPACITY = 5 * _GIB
 _SAMPLE = 64 * 1024  # bytes read at the begin, middle and end of a weight file
+_PIECE, _STEP = 4096, 16 << 20  # and between them: a layer that alone was trained is larger than a step
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _DESCRIPTIONS = ("config.json", "adapter_config.json")
 
@@ -106,21 +107,23 @@ def plain(value: object) -> str:
 def folder_fingerprint(model: str | os.PathLike[str]) -> str:
     """What tells two versions of a local folder of weights apart, wherever it lies: sizes and samples of its files.
 
-    Empty where there is no such folder, as for a name that a hub knows.
+    A file of weights counts as a folder of one. Empty where there is neither, as for a name that a hub knows.
     """
-    folder = Path(model)
-    if not folder.is_dir():
+    place = Path(model)
+    if not place.is_dir() and not (place.is_file() and place.suffix in _WEIGHTS):
         return ""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
         if path.suffix not in _WEIGHTS and path.name not in _DESCRIPTIONS:
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            for at in sorted({0, max(0, size // 2 - _SAMPLE), max(0, size - _SAMPLE)}):
+        samples = [(at, _PIECE) for at in range(_STEP, size, _STEP)]
+        samples += [(at, _SAMPLE) for at in sorted({0, max(0, size // 2 - _SAMPLE), max(0, size - _SAMPLE)})]
+        with path.open("rb", buffering=0) as file:
+            for at, length in samples:
                 file.seek(at)
-                digest.update(file.read(_SAMPLE))
+                digest.update(file.read(length))
     return digest.hexdigest()[:16]
 
 

@@ -1,30 +1,40 @@
-"""Settings that adapters for engines share."""
+"""Names of models: two that give different KV must not have one name."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-import lmkv
-from lmkv.adapters.engine_config import on_gpus_node
+from lmkv.adapters.engine_config import folder_fingerprint
 
 
-@pytest.mark.parametrize(
-    ("setting", "nodes", "wanted"),
-    [
-        ("auto", [1, 1, 0], "1"),
-        ("auto", [None, 0], "0"),
-        ("auto", [None], "auto"),
-        ("auto", [], "auto"),
-        (None, [1], None),
-        ("0", [1], "0"),
-    ],
-)
-def test_slots_on_the_node_of_most_gpus(setting: str | None, nodes: list[int | None], wanted: str | None) -> None:
-    assert on_gpus_node(lmkv.StoreConfig(ram_numa_node=setting), nodes).ram_numa_node == wanted
+@pytest.mark.parametrize("alone", [False, True], ids=["folder", "file"])
+def test_weights_that_differ_in_one_layer_have_another_name(tmp_path: Path, alone: bool) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(300 << 20)  # takes no room
+    model = weights if alone else folder
+    before = folder_fingerprint(model)
+    assert before
+    assert folder_fingerprint(model) == before
+    for place in (40, 97, 201):  # MiB: one matrix of 32 MiB is another
+        with weights.open("r+b") as file:
+            file.seek(place << 20)
+            file.write(bytes([place]) * (32 << 20))
+        after = folder_fingerprint(model)
+        assert after != before
+        before = after
 
 
-def test_a_store_that_nobody_names_a_gpu_to() -> None:
-    layout = lmkv.KVLayout.dense(layers=1, heads=1, head_size=8, dtype="float32", chunk_tokens=16)
-    for node in ("auto", "0"):
-        with lmkv.Store(lmkv.StoreConfig(ram_capacity="1MiB", ram_numa_node=node, disk_capacity=0), layout) as store:
-            assert store.stats().tiers[0].capacity_bytes
+def test_what_is_no_folder_of_weights_has_no_name(tmp_path: Path) -> None:
+    assert folder_fingerprint("Qwen/Qwen3-8B") == folder_fingerprint(tmp_path / "missing") == ""
+    text = tmp_path / "notes.txt"
+    text.write_text("no weights")
+    assert folder_fingerprint(text) == ""
+    (tmp_path / "config.json").write_text("{}")
+    before = folder_fingerprint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert before != folder_fingerprint(tmp_path) != ""
