@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import sys
 import threading
@@ -36,6 +37,8 @@ __all__ = [
 
 FORMAT = b"lmkv-disk/2"
 _OWN_FILES = {"data.mdb", "lock.mdb", "slots.lock"}
+#: Values of LMCache's, which stay where they are when its ``local_disk`` becomes a ``disk_path``: named by keys, with an @.
+BESIDE = re.compile(r".+@.+\.(pt|data)")
 #: Directories of at least this capacity can be read by many transactions at once; a place for each takes 64 bytes.
 _LARGE = 64 * 1024**2
 #: An index of up to this size is checked before it is used; that takes a few milliseconds.
@@ -143,7 +146,8 @@ class Directory:
         names = set(os.listdir(self.settings.path))
         if "data.mdb" in names:
             return None
-        return min((name for name in names - _OWN_FILES if not self._is_segment(name)), default=None)
+        others = (name for name in names - _OWN_FILES if not BESIDE.fullmatch(name))
+        return min((name for name in others if not self._is_segment(name)), default=None)
 
     def _is_segment(self, name: str) -> bool:
         """Whether a file is a segment, of this directory or another: by its name and first bytes."""

@@ -14,7 +14,7 @@ import lmdb
 
 from ...errors import BackendUnavailableError, ConfigError
 from ...layout import KVLayout, LayerGroup
-from .directory import FORMAT, is_open
+from .directory import BESIDE, FORMAT, is_open
 from .slots import PRESENCE
 
 __all__ = ["Survey", "compact", "parse_layout", "survey"]
@@ -71,7 +71,7 @@ def survey(path: str) -> Survey:
         raise ConfigError(f"expected a disk tier's directory at {path}; LMDB says: {error}") from error
     if format_ != FORMAT:
         raise ConfigError(f"expected the format {FORMAT.decode()} at {path}; it has {format_!r}")
-    size = sum(file.lstat().st_size for file in folder.iterdir())
+    size = sum(file.lstat().st_size for file in folder.iterdir() if not BESIDE.fullmatch(file.name))
     return Survey(parse_layout(layout), capacity, size)
 
 

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import known_kv
 import pytest
 import yaml
 
+import lmkv
 from lmkv.adapters.lmcache import load_config
 from lmkv.adapters.lmcache.config import Loaded
 from lmkv.adapters.lmcache.serve import parse_arguments
+from lmkv.backends.disk.survey import survey
 from lmkv.config import StoreConfig, parse_bytes
 
 SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
@@ -282,3 +285,30 @@ def test_variables_in_front_of_commands_and_in_compose_files() -> None:
             here = {**environ, "LMCACHE_CONFIG_FILE": str(SEEDS / f"{FILES[name]}.yaml")}
             assert load_config(environ=here).config == load(FILES[name]).config
     assert {environ.get("LMCACHE_CONFIG_FILE") for environ in sets} == {*FILES, None}
+
+
+def test_a_directory_in_which_lmcache_kept_its_values(tmp_path: Path) -> None:
+    """The guides' ``local_disk``, switched to LMKV and back: both lie there, and nobody touches what is another's."""
+    environ = of_shell(SEEDS / "env-disk.sh")
+    environ |= {"LMCACHE_LOCAL_DISK": f"file://{tmp_path}/", "LMCACHE_MAX_LOCAL_DISK_SIZE": "0.1"}
+    names = [line for line in (SEEDS / "logs.txt").read_text(encoding="utf-8").splitlines() if line.endswith(".pt")]
+    names += ["a-model@1@0@-7542097a982a0d29@half.pt", "a-model@0x1@0@ab12.data"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=256)
+    text = list(range(600))
+    for held in (0, 600):
+        config = load_config(environ=environ, overrides={"model": "m", "ram_capacity": "16MiB"}).config
+        with lmkv.Store(config, layout) as store:
+            match = store.lookup(text).wait(10)
+            assert match.hit_tokens == held
+            assert store.store(text, known_kv.source(layout, text)) == 600 - held
+            assert store.flush(30)
+        assert all((tmp_path / name).read_bytes() == name.encode() for name in names)
+    found = survey(tmp_path)
+    assert found.bytes_on_disk == sum(path.stat().st_size for path in tmp_path.iterdir() if path.name not in names)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.pt").write_bytes(b"")  # no key of LMCache's
+    config = load_config(environ={**environ, "LMCACHE_LOCAL_DISK": str(tmp_path / "other")}, overrides={"model": "m"}).config
+    with pytest.raises(lmkv.ConfigError, match=r"it holds 'letter\.pt'"):
+        lmkv.Store(config, layout)
