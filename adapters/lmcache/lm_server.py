@@ -9,13 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lmkv.backends.lm_wire import GREETING, REQUEST_BYTES, TOKEN_KEY, Answer, Code, Command, HeaderError, Request, prepare
+from lmkv.backends.lm_wire import (
+    GREETING,
+    REQUEST_BYTES,
+    TOKEN_KEY,
+    Answer,
+    Code,
+    Command,
+    HeaderError,
+    Request,
+    is_local,
+    local_name,
+    prepare,
+)
 from lmkv.backends.redis.wire import Wire, WireError
 
 from .behind import Behind
@@ -49,6 +63,21 @@ class ServerLimits:
     patience_seconds: float = 30.0
 
 
+def _beside(port: int) -> tuple[socket.socket | None, bytes]:
+    """A Unix socket for clients of this machine, and the answer to HEALTH that says where it is."""
+    if sys.platform != "linux":
+        return None, _HEALTHY
+    numbers = (secrets.randbits(31), secrets.randbits(31) | 1)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(local_name(numbers))
+        sock.listen(128)
+    except OSError:  # no abstract names here: TCP does as well
+        sock.close()
+        return None, _HEALTHY
+    return sock, Answer(Code.SUCCESS, shape=(GREETING, port, *numbers)).pack()
+
+
 class LmServer:
     """Serves a shelf on one address, from :meth:`start` to :meth:`close`.
 
@@ -76,25 +105,30 @@ class LmServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listening = socket.create_server((host, port), family=family, backlog=128)
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
+        self._local, self._greeting = _beside(self.address[1])
         self._lock = threading.Lock()
         #: With a tier behind memory: who changes a key's value, or brings it from there, does so in both, one after the other.
         self._changing = [threading.Lock() for _ in range(_LOCKS)]
         self._open: set[socket.socket] = set()
         self._closed = False
-        self._thread = threading.Thread(target=self._accept, name="lmkv-serve", daemon=True)
+        sockets = [self._listening] if self._local is None else [self._listening, self._local]
+        self._threads = [threading.Thread(target=self._accept, args=(s,), name="lmkv-serve", daemon=True) for s in sockets]
 
     def start(self) -> None:
         """Accept connections from now on, beside the caller."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """End all connections and listen no more."""
         with self._lock:
             self._closed = True
             ending = list(self._open)
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
+        for listening in (self._listening, self._local):
+            if listening is not None:
+                with contextlib.suppress(OSError):
+                    listening.shutdown(socket.SHUT_RDWR)
+                listening.close()
         for sock in ending:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -104,10 +138,10 @@ class LmServer:
         with self._lock:
             return len(self._open)
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         while True:
             try:
-                sock, address = self._listening.accept()
+                sock, address = listening.accept()
             except OSError as error:
                 if self._closed:
                     return
@@ -118,7 +152,7 @@ class LmServer:
                 refused = self._closed or len(self._open) >= self.limits.most_connections
                 if not refused:
                     self._open.add(sock)
-            who = f"{address[0]}:{address[1]}"
+            who = f"{address[0]}:{address[1]}" if listening is self._listening else "a local client"
             if refused:
                 self._tell(f"{who}: refused: {self.limits.most_connections} connections are open")
                 sock.close()
@@ -129,7 +163,7 @@ class LmServer:
         try:
             with contextlib.suppress(OSError):
                 prepare(sock, listened=True)
-            self._talk(Wire(sock, _FOREVER), who)
+            self._talk(Wire(sock, _FOREVER), who, self._greeting if self._is_local(sock) else _HEALTHY)
             self._part(sock)
         except OSError as error:
             if not self._closed:
@@ -138,6 +172,9 @@ class LmServer:
             with self._lock:
                 self._open.discard(sock)
             sock.close()
+
+    def _is_local(self, sock: socket.socket) -> bool:
+        return self._local is not None and (sock.family == self._local.family or is_local(sock))
 
     @staticmethod
     def _part(sock: socket.socket) -> None:
@@ -149,8 +186,8 @@ class LmServer:
             while time.monotonic() < end and sock.recv(1 << 16):
                 pass
 
-    def _talk(self, wire: Wire, who: str) -> None:
-        """Requests until the client ends the connection between two of them.
+    def _talk(self, wire: Wire, who: str, healthy: bytes) -> None:
+        """Requests until the client ends the connection between two of them; ``healthy`` answers HEALTH.
 
         Raises:
             WireError: it ended within one, or was too slow.
@@ -174,15 +211,15 @@ class LmServer:
             if request.command == Command.HEALTH and request.key.startswith(TOKEN_KEY):
                 shown = request.key.removeprefix(TOKEN_KEY)
                 trusted = trusted or hmac.compare_digest(shown, self.limits.token)
-                wire.send(_HEALTHY if trusted else _FAIL)
+                wire.send(healthy if trusted else _FAIL)
             elif not trusted:
                 self._tell(f"{who}: showed no valid token; its connection is ended")
                 wire.send(_FAIL)
                 return
             else:
-                self._answer(wire, request, who)
+                self._answer(wire, request, who, healthy)
 
-    def _answer(self, wire: Wire, request: Request, who: str) -> None:
+    def _answer(self, wire: Wire, request: Request, who: str, healthy: bytes) -> None:
         if request.command == Command.PUT:
             self._put(wire, request, who)
         elif request.command == Command.GET:
@@ -196,7 +233,7 @@ class LmServer:
             there = self.shelf.contains(request.key) or (self._behind is not None and self._behind.contains(request.key))
             wire.send(_FOUND if there else _FAIL)
         elif request.command == Command.HEALTH:
-            wire.send(_HEALTHY)
+            wire.send(healthy)
         else:  # LIST, which LMCache's own server leaves without an answer
             wire.send(_FAIL)
 

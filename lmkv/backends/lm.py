@@ -34,6 +34,8 @@ from .lm_wire import (
     Command,
     HeaderError,
     Request,
+    is_local,
+    local_name,
     prepare,
 )
 from .redis.wire import Wire, WireError
@@ -130,25 +132,51 @@ class LmBackend:
         except OSError as error:
             raise WireError(f"no connection: {error}") from None
         try:
-            prepare(sock)
-            sock.settimeout(0)  # which is how a wire leaves it, so that a look at a connection at rest does not wait
-            wire = Wire(sock, until)
-            key = TOKEN_KEY + self._token if self._token else form % (self._prefix, b"0")
-            wire.send(Request(Command.HEALTH, key).pack())
-            try:
-                answer = self._answer(wire)
-            except WireError:
-                if time.monotonic() >= until:
-                    raise
+            answer = self._hello(sock, form, until)
+            if answer is None:
                 sock.close()
                 return None
-            if answer.code != Code.SUCCESS:
-                raise WireError("the server refuses the token" if self._token else "the server wants a token, or is not well")
-            wire.rest()
-            return _Connection(sock, form, answer.shape[0] == GREETING)
+            ours = answer.shape[0] == GREETING
+            # of another port is a proxy there, which somebody wants in between
+            if ours and answer.shape[1] == self._address[1] and any(answer.shape[2:]) and is_local(sock):
+                sock = self._local(sock, form, answer, until)
+            return _Connection(sock, form, ours)
         except BaseException:
             sock.close()
             raise
+
+    def _hello(self, sock: socket.socket, form: bytes, until: float) -> Answer | None:
+        """The greeting's answer; ``None`` if the server ends the connection over it."""
+        prepare(sock)
+        sock.settimeout(0)  # which is how a wire leaves it, so that a look at a connection at rest does not wait
+        wire = Wire(sock, until)
+        key = TOKEN_KEY + self._token if self._token else form % (self._prefix, b"0")
+        wire.send(Request(Command.HEALTH, key).pack())
+        try:
+            answer = self._answer(wire)
+        except WireError:
+            if time.monotonic() >= until:
+                raise
+            return None
+        if answer.code != Code.SUCCESS:
+            raise WireError("the server refuses the token" if self._token else "the server wants a token, or is not well")
+        wire.rest()
+        return answer
+
+    def _local(self, tcp: socket.socket, form: bytes, answer: Answer, until: float) -> socket.socket:
+        """The server's Unix socket in place of ``tcp``, if it can be reached from here."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(max(0.001, until - time.monotonic()))
+            sock.connect(local_name((answer.shape[2], answer.shape[3])))
+            found = self._hello(sock, form, until)
+            if found is not None and found.shape == answer.shape:
+                tcp.close()
+                return sock
+        except OSError:
+            pass  # another network namespace
+        sock.close()
+        return tcp
 
     def _connect(self, until: float) -> _Connection:
         for form in sorted(_FORMS, key=lambda form: form != self._form):

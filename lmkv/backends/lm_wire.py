@@ -4,8 +4,10 @@ A request is a header of 186 bytes, and for PUT the value; an answer is a header
 the value. PUT has no answer. There is no magic, version, checksum or login, and integers have the machine's own byte order.
 Format: ``lmcache/v1/protocol.py`` of LMCache 0.3.9 to 0.5.6, which agree on it.
 
-Two things are LMKV's own, between an LMKV client and an LMKV server only: a HEALTH request whose key is :data:`TOKEN_KEY` and a
-token logs a connection in, and the answer to HEALTH carries :data:`GREETING` as its first dimension. A PUT of no bytes deletes.
+Three things are LMKV's own, between an LMKV client and an LMKV server only. A HEALTH request whose key is :data:`TOKEN_KEY` and
+a token logs a connection in. The answer to HEALTH carries :data:`GREETING` as its first dimension, and tells a client of the
+same machine in the others its port and the numbers of a Unix socket that serves the same (:func:`local_name`). A PUT of no
+bytes deletes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ __all__ = [
     "Command",
     "HeaderError",
     "Request",
+    "is_local",
+    "local_name",
     "prepare",
 ]
 
@@ -68,12 +72,28 @@ def prepare(sock: socket.socket, *, listened: bool = False) -> None:
     Raises:
         OSError: it has ended.
     """
+    if sock.family == getattr(socket, "AF_UNIX", None):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER)
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a client whose machine died says nothing for ever
-    if str(sock.getpeername()[0]).startswith(("127.", "::1")):
+    if is_local(sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER)
         if not listened:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER)
+
+
+def is_local(sock: socket.socket) -> bool:
+    """Whether the other end is on this machine, by loopback."""
+    return str(sock.getpeername()[0]).startswith(("127.", "::1", "::ffff:127."))
+
+
+def local_name(numbers: tuple[int, int]) -> str:
+    """The abstract name of a Unix socket, which the same network namespace reaches: values move faster over it than by TCP.
+
+    The numbers are random, so that nobody can take the name before the server does.
+    """
+    return f"\0lmkv-serve-{numbers[0]:08x}{numbers[1]:08x}"
 
 
 class HeaderError(ValueError):

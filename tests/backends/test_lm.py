@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from proxy import Proxy
 import lmkv
 from lmkv.adapters.lmcache.lm_server import ServerLimits
 from lmkv.backends import Backend, BackendSettings, open_backend
-from lmkv.backends.lm_wire import Answer, Code, Command, HeaderError, Request
+from lmkv.backends.lm_wire import ANSWER_BYTES, GREETING, Answer, Code, Command, HeaderError, Request, local_name
 from lmkv.chunks import ChunkKey
 from lmkv.errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
 from lmkv.testing import BackendSuite
@@ -263,3 +264,64 @@ def test_headers_refuse_what_they_cannot_say() -> None:
     with pytest.raises(HeaderError, match="a value of at most"):
         Request(Command.PUT, b"k", 2**31).pack()
     assert Request.unpack(Request(Command.PUT, b"k", 8, 4, 0, (8, 0, 0, 0)).pack()).mismatch() == ""
+
+
+# -- a client of the same machine ----------------------------------------------------------------------------------------------
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="abstract names of Unix sockets are Linux's")
+
+
+def families(backend: Backend) -> list[socket.AddressFamily]:
+    return [connection.sock.family for connection in backend._resting]  # type: ignore[attr-defined]
+
+
+@ON_LINUX
+@pytest.mark.parametrize("token", [{}, {"token": "secret"}])
+def test_on_one_machine_values_go_over_a_unix_socket(token: dict[str, str]) -> None:
+    limits = ServerLimits(token=token.get("token", "").encode())
+    values = [bytes([i]) * 3_000_000 for i in range(3)]
+    with lm_servers.running(limits=limits) as server:
+        backend = open_at(server.address[1], **token)
+        backend.write_many(KEYS[:3], [memoryview(value) for value in values])
+        assert families(backend) == [socket.AF_UNIX]
+        assert fetch(backend, KEYS[:4], 4_000_000) == [*values, None]
+        servers.until(lambda: server.connections() == 1)  # the first one, by TCP, was let go
+        if token:
+            (numbers,) = {Answer.unpack(server._greeting).shape[2:]}
+            with socket.socket(socket.AF_UNIX) as stranger:
+                stranger.connect(local_name((numbers[0], numbers[1])))
+                stranger.sendall(Request(Command.GET, b"lmkv@1@0@%b@uint8" % KEYS[0].hex().encode()).pack())
+                assert Answer.unpack(stranger.recv(ANSWER_BYTES)).code == Code.FAIL
+                assert stranger.recv(1) == b""
+        server.close()
+        with pytest.raises(BackendUnavailableError):
+            backend.contains_many(KEYS)
+
+
+@ON_LINUX
+def test_it_stays_with_tcp_where_the_unix_socket_is_not_its_servers() -> None:
+    with lm_servers.running() as server, Proxy(server.address[1]) as proxy:
+        through = open_at(proxy.port)  # somebody wants it in between
+        through.write_many(KEYS[:1], [memoryview(b"1234")])
+        assert families(through) == [socket.AF_INET]
+        shape = (GREETING, server.address[1], 1, 1)  # of a socket that is not there, as in another network namespace
+        server._greeting = Answer(Code.SUCCESS, shape=shape).pack()
+        backend = open_at(server.address[1])
+        assert fetch(backend, KEYS[:1]) == [b"1234"]
+        assert families(backend) == [socket.AF_INET]
+
+
+@ON_LINUX
+def test_a_server_with_one_place_left_is_served_by_tcp() -> None:
+    with lm_servers.running(limits=ServerLimits(most_connections=1)) as server:
+        backend = open_at(server.address[1])
+        backend.write_many(KEYS[:1], [memoryview(b"1234")])
+        assert families(backend) == [socket.AF_INET]
+
+
+def test_lmcaches_clients_are_told_nothing_that_they_do_not_know() -> None:
+    with lm_servers.running() as server, lm_servers.RawClient(server.address[1]) as client:
+        client.sock.sendall(client.head(lm_servers.HEALTH, b"m@1@0@1@half"))
+        answer = client.answer()
+        assert len(answer) == 9
+        assert (answer[0], answer[1], answer[8]) == (200, 0, 0)  # well, and no value follows
