@@ -45,6 +45,20 @@ class AsyncStore:
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
+    async def _move(self, call: Callable[[], T]) -> T:
+        """As :meth:`_run`, for calls that read or write the caller's memory. A thread can't be stopped: whoever is cancelled
+        waits until the call is over, so that nothing reads or writes that memory once it is used for something else."""
+        future = self._threads.submit(call)
+        result = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            future.cancel()  # where it has not begun
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({result})
+            raise
+
     async def _hold(self, call: Callable[[], T], give_back: Callable[[T], None]) -> T:
         """As :meth:`_run`; what the thread brings after the task was cancelled is given back."""
         future = self._threads.submit(call)
@@ -78,8 +92,8 @@ class AsyncStore:
             lease.release()
 
     async def retrieve(self, lease: Lease, sink: Any, *, start: int = 0, stop: int | None = None) -> int:
-        """As :meth:`Store.retrieve`."""
-        return await self._run(lambda: self.sync.retrieve(lease, sink, start=start, stop=stop))
+        """As :meth:`Store.retrieve`; once it has begun, a cancelled task ends only when it is over."""
+        return await self._move(lambda: self.sync.retrieve(lease, sink, start=start, stop=stop))
 
     @contextlib.asynccontextmanager
     async def reserve(
@@ -94,8 +108,8 @@ class AsyncStore:
             reservation.abort()
 
     async def store(self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None) -> int:
-        """As :meth:`Store.store`."""
-        return await self._run(lambda: self.sync.store(tokens, source, start=start, namespace=namespace))
+        """As :meth:`Store.store`; once it has begun, a cancelled task ends only when it is over."""
+        return await self._move(lambda: self.sync.store(tokens, source, start=start, namespace=namespace))
 
     async def flush(self, timeout: float | None = None) -> bool:
         """As :meth:`Store.flush`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,62 @@ def test_a_cancelled_task_leaves_nothing_behind(verb: str) -> None:
                 await store.lookup(TOKENS)  # the one thread is done with it
                 stats = store.stats()
                 assert (stats.leases, stats.reservations) == (0, 0)
+            store.sync._check()
+
+    run(main())
+
+
+class _Halted(lmkv.DenseKV):
+    """Tensors whose copy goes on only once it is let."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__(layers)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def places(self, start: int, stop: int) -> Any:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return super().places(start, stop)
+
+
+@pytest.mark.parametrize("verb", ["store", "retrieve"])
+def test_a_cancelled_copy_is_over_when_its_task_is(verb: str) -> None:
+    """The caller uses its tensors for something else then: they must be neither read nor written any more."""
+
+    async def main() -> None:
+        async with lmkv.AsyncStore(lmkv.Store(config(), LAYOUT), threads=2) as store:
+            layers = known_kv.layer_arrays(LAYOUT, TOKENS)
+            if verb == "retrieve":
+                await store.store(TOKENS, lmkv.DenseKV(layers))
+                layers = known_kv.empty_layers(LAYOUT, len(TOKENS))
+            halted = _Halted(layers)
+
+            async def copy() -> None:
+                if verb == "store":
+                    await store.store(TOKENS, halted)
+                else:
+                    async with store.lease(await store.lookup(TOKENS)) as lease:
+                        await store.retrieve(lease, halted)
+
+            task = asyncio.create_task(copy())
+            while not halted.begun.is_set():
+                await asyncio.sleep(0.001)
+            for _ in range(3):
+                task.cancel()
+                await asyncio.sleep(0.02)
+            early = task.done()
+            if early:  # the caller's memory is its own again
+                for array in (array for parts in layers for array in parts):
+                    array[:] = 1
+            halted.go_on.set()
+            await asyncio.gather(task, return_exceptions=True)
+            assert task.cancelled()
+            arrays = known_kv.empty_layers(LAYOUT, len(TOKENS))
+            async with store.lease(await store.lookup(TOKENS)) as lease:
+                proved(arrays, await store.retrieve(lease, lmkv.DenseKV(arrays)))
+            if verb == "retrieve":
+                proved(layers, len(TOKENS))
+                assert not early, "it was written when its task was over"
             store.sync._check()
 
     run(main())
