@@ -226,11 +226,18 @@ class Lease:
     @cached_property
     def slots(self) -> list[Slot]:
         """The held chunks, in order. Their payloads are valid as long as the lease is :attr:`held`."""
-        found: list[Slot] = []
-        for i, (node, slot) in enumerate(zip(self.nodes, self._slot_ids, strict=True)):
-            tokens = self._chunk_tokens if i + 1 < len(self.nodes) else self._last_tokens
-            payload = self._payload(slot, tokens).toreadonly()
-            found.append(Slot(slot, node.key, i * self._chunk_tokens, tokens, payload))
+        return [
+            Slot(slot, node.key, start, tokens, self._payload(slot, tokens).toreadonly())
+            for node, (slot, start, tokens) in zip(self.nodes, self.spans, strict=True)
+        ]
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Of each held chunk its slot, the position of its first token, and its tokens: for those who know where slots are."""
+        width = self._chunk_tokens
+        found = [(slot, i * width, width) for i, slot in enumerate(self._slot_ids)]
+        if found:
+            found[-1] = (*found[-1][:2], self._last_tokens)
         return found
 
     def renew(self) -> bool:

@@ -212,12 +212,12 @@ class SchedulerHalf:
         state.lease, lease.until = None, math.inf  # a copy that takes long must not lose what it copies from
         start, stop, width = state.computed, state.computed + external, self.store.layout.chunk_tokens
         state.hit_tokens = lease.hit_tokens
-        if not self.store.config.ram_cache:  # slow tiers have it, and RAM won't know of it any more
-            state.stored_to = max(state.stored_to, lease.hit_tokens // width * width)
+        whole = lease.hit_tokens >= request.num_prompt_tokens  # the short last chunk, too
+        state.stored_to = max(state.stored_to, lease.hit_tokens if whole else lease.hit_tokens // width * width)
         parts = tuple(
-            SlotPart(slot.id, slot.start, slot.start + slot.tokens, max(start, slot.start), min(stop, slot.start + slot.tokens))
-            for slot in lease.slots
-            if start < slot.start + slot.tokens and slot.start < stop
+            SlotPart(slot, first, first + tokens, max(start, first), min(stop, first + tokens))
+            for slot, first, tokens in lease.spans
+            if start < first + tokens and first < stop
         )
         order = self._order(state, parts, block_ids, load=True, waits=not state.between_steps)
         self._loads.append(order)
@@ -357,7 +357,7 @@ class SchedulerHalf:
         lease.release()
         order, state = record.order, record.state
         if record.failed:
-            state.no_load = True
+            state.no_load, state.stored_to = True, 0  # what was lost since is kept anew
             self.counts.add(load_failures=1)
             return
         size = order.tokens * self._token_bytes

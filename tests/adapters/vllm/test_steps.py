@@ -75,6 +75,47 @@ def test_a_load_waits_for_running_steps_only_where_blocks_came_free(
     assert_same(answer, wanted)
 
 
+def test_what_is_held_is_not_asked_for_again(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    known, more = text(4 * CHUNK + 20, seed=17), text(CHUNK, seed=18)
+    wanted, longer = engine.computed([known]), engine.computed([known + more])
+    engine.ask([known])
+    reserve, asked = engine.store.reserve, []
+
+    def reserved(tokens: Any, **how: Any) -> Any:
+        asked.append((len(tokens), how["start"]))
+        return reserve(tokens, **how)
+
+    monkeypatch.setattr(engine.store, "reserve", reserved)
+    assert_same(engine.ask([known]), wanted)
+    assert asked == [], "the short last chunk is held, too"
+    assert_same(engine.ask([known + more]), longer)
+    assert asked == [(5 * CHUNK + 20, 4 * CHUNK)]
+
+
+def test_what_was_lost_while_it_was_loaded_is_kept_anew(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    known = text(4 * CHUNK + 20, seed=19)
+    wanted = engine.computed([known])
+    engine.ask([known])
+
+    def lost(copier: Any, order: Any, **how: Any) -> Any:
+        for state in engine.half._requests.values():
+            for number in state.copies:
+                engine.half._copies[number].hold.release()
+        engine.store.clear()
+        return Running(order, error="injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Copier, "load", lost)
+        assert_same(engine.ask([known]), wanted)
+    assert engine.metric("load_failures_total") == 1
+    engine.settle()
+    found = engine.ask([known])
+    assert_same(found, wanted)
+    assert found[0].cached == len(known) - 1
+
+
 def test_a_preempted_requests_blocks_are_waited_for(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(num_gpu_blocks_override=14, max_model_len=256)
     given = recorded(engine, monkeypatch)
