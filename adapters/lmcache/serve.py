@@ -105,6 +105,11 @@ def parse_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> ServeOpt
     given = {"ram_capacity": args.ram_capacity, "ram_policy": args.ram_policy}
     loaded = load_config(args.config, environ=environ, overrides={key: value for key, value in given.items() if value})
     warnings = list(loaded.warnings)
+    behind = sorted(loaded.given & {"disk_path", "disk_paths", "tiers"})
+    if behind:
+        warnings.append(
+            f"{', '.join(behind)} of the configuration have no effect on lmkv serve: --tier URL keeps values behind memory"
+        )
     token = (read_token(args.token_file, environ, warnings) or "").encode()
     if len(TOKEN_KEY) + len(token) > MOST_KEY_BYTES:
         raise ConfigError(f"token: expected at most {MOST_KEY_BYTES - len(TOKEN_KEY)} bytes; got {len(token)}")

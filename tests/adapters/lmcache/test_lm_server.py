@@ -343,6 +343,10 @@ def test_arguments(tmp_path: Path) -> None:
     (tmp_path / "lmc.yaml").write_text("max_local_cpu_size: 2\ncache_policy: LFU\n")
     options = parse_arguments(["0.0.0.0", "1", "--config", str(tmp_path / "lmc.yaml"), "--insecure", "--max_value=1MiB"], {})
     assert (options.capacity, options.policy, options.limits.most_bytes) == (2 << 30, "lfu", 1 << 20)
+    assert options.warnings == ()
+    (line,) = parse_arguments(["::1", "1"], {"LMCACHE_LOCAL_DISK": "/d", "LMCACHE_REMOTE_URL": "redis://h:1"}).warnings
+    assert "disk_path, tiers of the configuration have no effect" in line
+    assert "--tier URL" in line
     options = parse_arguments(["0.0.0.0", "1", "--ram-capacity", "8GiB"], {"LMKV_TOKEN": "t"})
     assert (options.capacity, options.limits.token) == (8 << 30, b"t")
     assert "LMKV_TOKEN" not in repr(options)
