@@ -370,7 +370,8 @@ SENTINEL_VARIABLE = "REDIS_SERVICE_NAME"
 def _unquoted(text: str) -> str:
     """A variable without the quotes around it that ``docker run --env-file`` and the like leave in it, as LMCache reads it."""
     text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]
+    return text[1:-1] if quoted else text
 
 
 def _environment_layer(environ: Mapping[str, str]) -> Translated:

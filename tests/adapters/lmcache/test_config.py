@@ -210,6 +210,8 @@ def test_quotes_that_an_env_file_leaves_around_values(quote: str) -> None:
     config = load_config(environ=environ).config
     assert (config.chunk_size, config.ram_capacity, config.disk_direct, config.disk_path) == (64, 2 * GIB, "true", "/d")
     assert [tier.url for tier in config.tiers] == ["redis://h:1"]
+    several = load_config(environ={"LMCACHE_LOCAL_DISK": "'/a','/b'"}).config.disk_paths
+    assert several == ("'/a'", "'/b'")  # two quoted words are not one
 
 
 def test_files_named_by_the_environment(yaml_file: Path, tmp_path: Path) -> None:
