@@ -44,6 +44,8 @@ ENV_PREFIX = "LMKV_"
 CONFIG_FILE_VARIABLE = "LMKV_CONFIG_FILE"
 #: Says whether SGLang's ``--enable-lmcache`` is served by LMKV.
 SGLANG_VARIABLE = "LMKV_SGLANG"
+#: Set in commands that ``lmkv run --as-lmcache`` runs.
+AS_LMCACHE_VARIABLE = "LMKV_AS_LMCACHE"
 
 _BYTES = {"bytes": True}
 _LIST = {"list": True}
@@ -402,7 +404,7 @@ class StoreConfig:
 
 
 #: ``LMKV_*`` variables that are no keys of a store's configuration: secrets, which it only points to, and an adapter's own.
-_FOREIGN = ("LMKV_TOKEN", "LMKV_ENCRYPTION_KEYS", "LMKV_PEER_SECRET", SGLANG_VARIABLE)
+_FOREIGN = ("LMKV_TOKEN", "LMKV_ENCRYPTION_KEYS", "LMKV_PEER_SECRET", SGLANG_VARIABLE, AS_LMCACHE_VARIABLE)
 
 
 def service_token(environ: Mapping[str, str] | None = None) -> str | None:

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
-from lmkv.config import CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, parse_yaml, read_yaml
+from lmkv.config import AS_LMCACHE_VARIABLE, CONFIG_FILE_VARIABLE, ENV_PREFIX, StoreConfig, parse_yaml, read_yaml
 from lmkv.errors import ConfigError
 
 from .names import ALIASES, INERT, OTHER_PREFIXES, OTHER_VARIABLES, PREFIX
@@ -338,6 +338,17 @@ def _without_cache_nowhere(out: Translated, also_set: frozenset[str] = frozenset
     return out
 
 
+def _shared_by_controller(out: Translated) -> None:
+    """Where ``lmcache_controller`` is LMKV's, it is an ``lm://`` server at its pull address, and engines share KV by it."""
+    peers, address = read_peers(out.peers, "config"), str(out.peers.get("controller_pull_url") or "").removeprefix("tcp://")
+    if not peers.shares or not peers.controller or not address or out.remote.url or out.settings.get("tiers"):
+        return
+    out.remote.url, out.remote.names["url"] = f"lm://{address}", "controller_pull_url"
+    served = {INERT[key] for key in ("enable_p2p", "enable_controller")}
+    out.warnings[:] = [line for line in out.warnings if line.partition(" has no effect: ")[2] not in served]
+    out.warn(f"enable_p2p: engines share KV by the server that lmcache_controller starts here, lm://{address}")
+
+
 def translate(mapping: Mapping[str, object], *, where: str = "config") -> Translated:
     """LMCache's keys, native keys or both, as native keys.
 
@@ -423,6 +434,8 @@ def load_config(
         merged.names.pop(key, None)
     merged.update(_translate_layer(overrides or {}, "command line"))
     _without_unasked_disk(merged, "config", shadowed)
+    if environ.get(AS_LMCACHE_VARIABLE):
+        _shared_by_controller(merged)
     merged.add_remote_tier("tiers" in shadowed)
     _without_cache_nowhere(merged, shadowed)
     rest = {name: value for name, value in environ.items() if name != CONFIG_FILE_VARIABLE}

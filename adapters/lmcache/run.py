@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lmkv import __version__
-from lmkv.config import SGLANG_VARIABLE
+from lmkv.config import AS_LMCACHE_VARIABLE, SGLANG_VARIABLE
 
 from ..access import is_loopback
 
@@ -81,14 +82,23 @@ def server(argv: Sequence[str]) -> int:
 
 
 def controller(argv: Sequence[str]) -> int:
-    """``lmcache_controller``, for which LMKV has no use; fails, and says what to do."""
-    del argv
+    """``lmcache_controller``: a server at its pull address, by which the engines that ask for it share KV (``enable_p2p``)."""
+    parser = argparse.ArgumentParser(prog="lmcache_controller (LMKV)", allow_abbrev=False)
+    parser.add_argument("--host", default="0.0.0.0")
+    parser.add_argument("--monitor-ports", help='JSON, such as {"pull": 8300, "reply": 8400}')
+    parser.add_argument("--monitor-port", type=int, default=9001, help="in older versions")
+    args, _ = parser.parse_known_args([word.replace("_", "-") if word.startswith("--") else word for word in argv])
+    try:
+        port = int(json.loads(args.monitor_ports)["pull"]) if args.monitor_ports else args.monitor_port
+    except (ValueError, TypeError, KeyError):
+        parser.error(f'--monitor-ports: expected JSON such as {{"pull": 8300, "reply": 8400}}; got {args.monitor_ports!r}')
     print(
-        "lmcache_controller (LMKV): expected no controller: engines share KV through a tier that all of them reach; start "
-        "lmcache_server HOST 65432 instead and set LMCACHE_REMOTE_URL=lm://HOST:65432 for the engines",
+        f"lmcache_controller (LMKV): nothing to control: engines with enable_p2p and this controller_pull_url (port {port}) "
+        "share KV by this server, if lmkv run --as-lmcache starts them; for others set LMCACHE_REMOTE_URL=lm://HOST:PORT",
         file=sys.stderr,
+        flush=True,
     )
-    return 2
+    return server([args.host, str(port)])
 
 
 #: What of vLLM's configuration turns the flags of offloading into a connector.
@@ -190,6 +200,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     if not command:
         parser.error("expected a command behind --; got none")
     env.setdefault(SGLANG_VARIABLE, "1")
+    env[AS_LMCACHE_VARIABLE] = "1"
     with stand_in() as folder:
         for variable, place in (("PATH", "bin"), ("PYTHONPATH", "lib")):
             before = env.get(variable)

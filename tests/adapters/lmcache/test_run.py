@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import known_kv
 import pytest
 import servers
 from lm_servers import RawClient
 
+import lmkv
+from lmkv.adapters.lmcache import load_config
+
 RUN = [sys.executable, "-c", "import sys; from lmkv.cli import main; sys.exit(main())", "run", "--as-lmcache", "--"]
 KEY = b"m@1@0@1@half"
+SEEDS = Path(__file__).parents[2] / "fixtures" / "seeds"
 
 
 @pytest.fixture
@@ -91,10 +97,45 @@ def test_the_standalone_service(environ: dict[str, str], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("command", [["lmcache_controller"], [sys.executable, "-m", "lmcache.v1.api_server"]])
-def test_the_controller_says_what_takes_its_place(command: list[str], environ: dict[str, str]) -> None:
-    done = run(environ, *command, "--host", "localhost", "--port", "9000")
+@pytest.mark.parametrize("older", [False, True])
+def test_engines_share_by_what_the_controller_starts(older: bool, command: list[str], environ: dict[str, str]) -> None:
+    (port,) = servers.free_ports(1)
+    flags = ["--monitor-port", str(port)] if older else ["--monitor-ports", json.dumps({"pull": port, "reply": 8400})]
+    words = [*RUN, "PYTHONHASHSEED=123", *command, "--host", "localhost", "--port", "9000", *flags]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            servers.until(lambda: servers.listens(port))
+            engines = {name: (SEEDS / f"{name}.yaml").read_text(encoding="utf-8") for name in ("p2p-1", "p2p-2")}
+            text = list(range(600))
+            layout = lmkv.KVLayout.dense(layers=2, heads=2, head_size=8, dtype="float16", chunk_tokens=256)
+            for number, (name, yaml) in enumerate(engines.items()):
+                file = Path(environ["TMPDIR"]).parent / f"{name}.yaml"
+                file.write_text(yaml.replace("localhost:8300", f"localhost:{port}"))
+                assert load_config(file, environ={}).config.tiers == ()  # only there
+                loaded = load_config(file, environ={"LMKV_AS_LMCACHE": "1"}, overrides={"model": "m", "ram_capacity": "8MiB"})
+                assert any(line.endswith(f"lmcache_controller starts here, lm://localhost:{port}") for line in loaded.warnings)
+                assert not any("controller_reply_url" in line or "p2p_init_ports" in line for line in loaded.warnings)
+                with lmkv.Store(loaded.config, layout) as store:
+                    match = store.lookup(text).wait(10)
+                    assert match.tokens_by_tier() == ({"remote": 600} if number else {})
+                    if number:
+                        assert known_kv.fetch(store, text, match) == 600
+                    else:
+                        assert store.store(text, known_kv.source(layout, text)) == 600
+                    assert store.flush(20)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "nothing to control" in errors
+    assert "puts 3" in errors
+
+
+def test_a_controller_with_wrong_ports_says_so(environ: dict[str, str]) -> None:
+    done = run(environ, "lmcache_controller", "--monitor-ports", "8300")
     assert done.returncode == 2
-    assert "LMCACHE_REMOTE_URL=lm://HOST:65432" in done.stderr
+    assert "expected JSON such as" in done.stderr
 
 
 def test_exit_status_and_wrong_command_lines(environ: dict[str, str]) -> None:
