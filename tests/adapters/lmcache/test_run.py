@@ -126,7 +126,9 @@ def test_engines_share_by_what_the_controller_starts(older: bool, command: list[
             process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=20)
         finally:
-            process.kill()
+            if process.poll() is None:
+                process.terminate()  # which reaches what it runs
+                process.wait(10)
     assert process.returncode == 0
     assert "nothing to control" in errors
     assert "puts 3" in errors
