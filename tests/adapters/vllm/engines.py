@@ -33,6 +33,11 @@ def text(length: int, seed: int) -> list[int]:
     return [numbers.randrange(VOCABULARY) for _ in range(length)]
 
 
+def greedy(tokens: int) -> SamplingParams:
+    """Greedy, of so many tokens."""
+    return SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
+
+
 def difference(a: Answer, b: Answer) -> float:
     """Largest difference of log-probabilities, over tokens that both list; tokens must be equal."""
     assert a.tokens == b.tokens, f"greedy tokens differ: {a.tokens} and {b.tokens}"

@@ -8,14 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import assert_same, difference, text
-from vllm import SamplingParams
+from engines import assert_same, difference, greedy, text
 
 from lmkv.adapters.vllm.copies import Running
-
-
-def greedy(tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
 
 
 def test_short_requests_embeddings_and_resets(engine_of: Callable[..., Any]) -> None:

@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Engine, assert_same, text
-from vllm import SamplingParams
+from engines import Engine, assert_same, greedy, text
 
 from lmkv.adapters.vllm.copies import Running
-
-
-def params(tokens: int) -> SamplingParams:
-    """Greedy, of so many tokens."""
-    return SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
 
 
 def change_weights(engine: Engine) -> None:
@@ -42,9 +36,9 @@ def test_what_was_found_before_new_weights_is_not_loaded(engine_of: Callable[...
     long, known = text(230, seed=1), text(200, seed=2)
     engine.ask([known])
     vllm = engine.llm.llm_engine
-    vllm.add_request("long", {"prompt_token_ids": long}, params(20))
+    vllm.add_request("long", {"prompt_token_ids": long}, greedy(20))
     vllm.step()
-    vllm.add_request("known", {"prompt_token_ids": known}, params(6))
+    vllm.add_request("known", {"prompt_token_ids": known}, greedy(6))
     vllm.step()
     assert len(engine.core.scheduler.running) == 1  # there is no room for the other one, which was found
     assert engine.store.stats().leases == 1
@@ -81,7 +75,7 @@ def test_what_was_being_stored_before_new_weights_is_not_kept(
     vllm = engine.llm.llm_engine
     with monkeypatch.context() as patch:
         patch.setattr(Running, "done", lambda running: running.order.load)  # the store takes its time
-        vllm.add_request("running", {"prompt_token_ids": known}, params(6))
+        vllm.add_request("running", {"prompt_token_ids": known}, greedy(6))
         for _ in range(2):  # in the first one the workers look for the slots
             vllm.step()
         assert engine.store.stats().reservations == 1
@@ -95,7 +89,7 @@ def test_what_was_being_stored_before_new_weights_is_not_kept(
 def test_a_request_that_goes_on_over_a_reset_is_neither_loaded_nor_kept(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(max_num_batched_tokens=96)
     known = text(300, seed=5)
-    engine.llm.llm_engine.add_request("running", {"prompt_token_ids": known}, params(6))
+    engine.llm.llm_engine.add_request("running", {"prompt_token_ids": known}, greedy(6))
     for _ in range(2):
         engine.llm.llm_engine.step()
     change_weights(engine)

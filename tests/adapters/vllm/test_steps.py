@@ -6,17 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import CHUNK, assert_same, text
-from vllm import SamplingParams
+from engines import CHUNK, assert_same, greedy, text
 
 from lmkv.adapters.vllm import scheduler
 from lmkv.adapters.vllm.copies import Copier, Running
 from lmkv.adapters.vllm.hashing import _unread
-
-
-def params(tokens: int) -> SamplingParams:
-    """Greedy, of so many tokens."""
-    return SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
 
 
 def recorded(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -47,10 +41,10 @@ def test_a_load_waits_for_running_steps_only_where_blocks_came_free(
     given, vllm = recorded(engine, monkeypatch), engine.llm.llm_engine
     assert engine.half._steps_in_flight == engine.core.batch_queue_size
 
-    vllm.add_request("long", {"prompt_token_ids": text(40, seed=2)}, params(40))
+    vllm.add_request("long", {"prompt_token_ids": text(40, seed=2)}, greedy(40))
     for _ in range(6):
         vllm.step()
-    vllm.add_request("known", {"prompt_token_ids": known}, params(2))
+    vllm.add_request("known", {"prompt_token_ids": known}, greedy(2))
     for _ in range(2):
         vllm.step()
     assert [orders.behind for orders in loads(given)] == [False]  # for seven steps nobody has ended
@@ -60,7 +54,7 @@ def test_a_load_waits_for_running_steps_only_where_blocks_came_free(
         vllm.step()
         if "known" not in engine.half._requests:
             break
-    vllm.add_request("again", {"prompt_token_ids": known}, params(2))
+    vllm.add_request("again", {"prompt_token_ids": known}, greedy(2))
     vllm.step()
     assert [orders.behind for orders in loads(given)] == [engine.half._steps_in_flight > 1]
     while vllm.has_unfinished_requests():
@@ -161,7 +155,7 @@ def test_in_a_quick_pass_only_the_largest_load_comes_by_layers(
 
     monkeypatch.setattr(Copier, "load", load)
     for request, prompt in zip("ab", known, strict=True):
-        engine.llm.llm_engine.add_request(request, {"prompt_token_ids": prompt}, params(6))
+        engine.llm.llm_engine.add_request(request, {"prompt_token_ids": prompt}, greedy(6))
     answers = {}
     while engine.llm.llm_engine.has_unfinished_requests():
         answers |= {output.request_id: output for output in engine.llm.llm_engine.step()}
@@ -192,10 +186,10 @@ def test_no_load_begins_while_others_copy_from_its_blocks(
         patch.setattr(engine.half, "orders", recorded("orders", orders))
         patch.setattr(Running, "wait", recorded("wait", wait))
         patch.setattr(Running, "done", lambda running: running.order.load)  # stores take their time
-        vllm.add_request("other", {"prompt_token_ids": other}, params(6))
+        vllm.add_request("other", {"prompt_token_ids": other}, greedy(6))
         vllm.step()
         assert engine.llm.reset_prefix_cache(reset_running_requests=True)
-        vllm.add_request("known", {"prompt_token_ids": known}, params(6))
+        vllm.add_request("known", {"prompt_token_ids": known}, greedy(6))
         happened.clear()
         vllm.step()
     assert happened == ["orders", "wait", "load"]
@@ -218,10 +212,10 @@ def test_a_large_load_does_not_keep_others_waiting(engine_of: Callable[..., Any]
         given.clear()
         monkeypatch.setattr(scheduler, "_MOST_BEFORE_A_STEP", most)
         if beside:
-            vllm.add_request("long", {"prompt_token_ids": text(40, seed=12)}, params(60))
+            vllm.add_request("long", {"prompt_token_ids": text(40, seed=12)}, greedy(60))
             for _ in range(6):
                 vllm.step()
-        vllm.add_request("known", {"prompt_token_ids": known}, params(2))
+        vllm.add_request("known", {"prompt_token_ids": known}, greedy(2))
         answered = []
         while vllm.has_unfinished_requests():
             answered += [output for output in vllm.step() if output.request_id == "known" and output.finished]
