@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import xxhash
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -18,6 +19,7 @@ from ...layout import KVLayout, dtype_name
 __all__ = [
     "accepts",
     "active_adapters",
+    "adapter_state",
     "kv_fingerprint",
     "layout_from",
     "layout_of",
@@ -51,8 +53,11 @@ _NOISE = frozenset(
     }
 )
 
-#: Elements of each weight that enter the fingerprint.
-_SAMPLE = 64
+#: Bytes of a row as which a device sums a weight up.
+_ROW = 32 * 1024
+
+#: Names of adapters in use, of merged ones, and scales.
+_AdapterState = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def layout_of(model: PreTrainedModel, chunk_tokens: int = 256) -> KVLayout:
@@ -190,30 +195,54 @@ def _first_tokens_differ(found: torch.Tensor) -> bool:
 
 
 def active_adapters(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the PEFT adapters in use, by transformers' own loader or by a ``PeftModel``."""
-    if not getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-        return ()
-    names = model.active_adapters  # a method in transformers, a property in peft
-    return tuple(names() if callable(names) else names)
+    """Names of the PEFT adapters in use, by transformers' own loader or by a ``PeftModel``, that are not switched off."""
+    names = dict.fromkeys(name for active, merged, _ in adapter_state(model) for name in (*active, *merged))
+    return tuple(names)
+
+
+def adapter_state(model: PreTrainedModel) -> tuple[_AdapterState, ...]:
+    """How layers are tuned now, each way once: the names in use, those merged into the weights, and what they are scaled by."""
+    found: dict[_AdapterState, None] = {}
+    for module in model.modules():
+        if not isinstance(getattr(type(module), "disable_adapters", None), property):
+            continue  # no layer of PEFT's
+        active = () if module.disable_adapters else tuple(module.active_adapters)
+        scaling = getattr(module, "scaling", None)
+        known = scaling if isinstance(scaling, Mapping) else {}
+        found[active, tuple(getattr(module, "merged_adapters", ())), tuple(repr(known.get(name)) for name in active)] = None
+    if not found and not hasattr(type(model), "disable_adapters") and hasattr(model, "peft_config"):
+        found[tuple(model.active_adapters), (), ()] = None  # a PeftModel whose adapter is no layer, but a prompt
+    return tuple(found)
 
 
 def kv_fingerprint(model: PreTrainedModel) -> str:
     """32 hexadecimal digits over everything in a model that its KV depends on.
 
-    That is the config without what is mere naming, the active adapters, and of each weight its name, shape, dtype and 64
-    evenly spaced elements: a few ms, and two models that only share a name never share a key. Weights that change later
-    need a new :class:`KVReuse`.
+    That is the config without what is mere naming, the adapters in use, and each weight and buffer with its name, shape, dtype
+    and all of its elements (about 0.3 s a GB in host memory): two models that only share a name never share a key. Weights that
+    change later need a new :class:`KVReuse`.
     """
-    h = hashlib.sha256(b"lmkv-transformers/1")
+    h = hashlib.sha256(b"lmkv-transformers/2")
     h.update(json.dumps(_without_noise(model.config.to_dict()), sort_keys=True, default=str).encode())
-    h.update(json.dumps(active_adapters(model)).encode())
-    for name, weight in model.named_parameters():
-        h.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        if not weight.is_meta:  # offloaded weights can't be looked at
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].contiguous().cpu()
-            h.update(sample.view(torch.uint8).numpy().tobytes())
+    h.update(json.dumps(adapter_state(model)).encode())
+    for kind, tensors in (("weight", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            h.update(f"{kind} {name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            if not tensor.is_meta:  # offloaded weights can't be looked at
+                h.update(_digest(tensor))
     return h.hexdigest()[:32]
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """What all elements of a tensor come to, by their places. On a device it is made there."""
+    if hasattr(tensor, "__tensor_flatten__"):  # packed weights, which consist of others
+        names, rest = tensor.__tensor_flatten__()
+        return b"".join(_digest(getattr(tensor, name)) for name in names) + repr(rest).encode()
+    raw = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    if raw.device.type == "cpu":
+        return xxhash.xxh3_128_digest(raw.numpy())
+    rows = torch.nn.functional.pad(raw, (0, -raw.numel() % _ROW)).view(-1, _ROW).view(torch.int64)
+    return b"".join(rows.sum(axis).cpu().numpy().tobytes() for axis in (0, 1))
 
 
 def accepts(model: PreTrainedModel, argument: str) -> bool:

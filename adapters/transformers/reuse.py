@@ -23,7 +23,7 @@ from ...errors import ArgumentError, ConfigError, LayoutMismatchError, NativeErr
 from ...events import EventSink
 from ...store import Match, Store
 from ...transfer import DenseKV, Gpu
-from .model import accepts, active_adapters, kv_fingerprint, layout_from, layout_of, namespace_settings, probe
+from .model import accepts, active_adapters, adapter_state, kv_fingerprint, layout_from, layout_of, namespace_settings, probe
 from .plan import generated_texts, mask_from_padding, plan_of
 from .room import Buffers, cache_over, empty_buffers
 from .rows import Row, RowUse, check_ids, check_mask, rows_of
@@ -96,7 +96,7 @@ class KVReuse:
             raise ConfigError(
                 "expected a store whose config names the model; got an empty name: pass StoreConfig(model='name@revision', …)"
             )
-        self._adapters = active_adapters(model)
+        self._adapters, self._adapted = active_adapters(model), adapter_state(model)
         if self._adapters and not store.namespace.lora:
             raise ConfigError(
                 f"expected a store whose config names the active adapters {list(self._adapters)}; got none: "
@@ -282,10 +282,11 @@ class KVReuse:
         check_ids(input_ids, self._vocabulary, self._device())
         if self.model.training:
             raise ConfigError("expected the model in evaluation mode (dropout changes its KV); call model.eval() first")
-        adapters = active_adapters(self.model)
-        if adapters != self._adapters:
+        if adapter_state(self.model) != self._adapted:
+            names = active_adapters(self.model)
+            other = "these with other scales or layers, or merged" if names == self._adapters else list(names)
             raise ConfigError(
-                f"expected the adapters that were active when KVReuse was made, {list(self._adapters)}; got {list(adapters)}: "
+                f"expected the adapters that were active when KVReuse was made, {list(self._adapters)}; got {other}: "
                 "make a KVReuse for each set of adapters"
             )
         if namespace is not None and (namespace.extra, namespace.layout) != (self.namespace.extra, self.namespace.layout):

@@ -369,24 +369,6 @@ def test_a_prefill_can_be_continued_by_hand_and_copied(opened: Opened) -> None:
 # What must not be mixed up
 
 
-def test_other_weights_under_the_same_name_find_nothing(opened: Opened) -> None:
-    ids = make_text(50)
-    opened(make_model("llama")).prefill(ids)
-    other = make_model("llama", seed=1)
-    reuse = opened(other)
-    assert torch.equal(reuse.generate(ids, max_new_tokens=NEW, do_sample=False), plain(other, ids))
-    assert hits(reuse) == [0]
-
-
-def test_other_rope_parameters_find_nothing(opened: Opened) -> None:
-    ids = make_text(50)
-    opened(make_model("llama")).prefill(ids)
-    other = make_model("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
-    reuse = opened(other)
-    assert torch.equal(reuse.generate(ids, max_new_tokens=NEW, do_sample=False), plain(other, ids))
-    assert hits(reuse) == [0]
-
-
 def test_tenants_do_not_share(opened: Opened) -> None:
     model = make_model("llama")
     ids = make_text(50)
