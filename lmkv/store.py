@@ -5,11 +5,9 @@ Control is guarded by one lock and touches no KV; copies run outside it. Slow ti
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -26,20 +24,12 @@ from .index import Node
 from .layout import KVLayout
 from .loading import Loader
 from .peers import PeerServer
+from .processes import watch
 from .tiers import NewChunk, RamTier, SlowTier, Write, open_tier
 from .transfer import Pins, as_access, gather, scatter
 from .worth import worthwhile
 
 __all__ = ["Lease", "Match", "Reservation", "Slot", "Store"]
-
-_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_open_stores() -> None:
-    """A process that ends without ``close()`` should not lose what waits to be written."""
-    for store in list(_open_stores):
-        store.close(10.0)
 
 
 class Store:
@@ -70,7 +60,7 @@ class Store:
         self.namespace = Namespace.of(layout, **{name: getattr(config, name) for name in names})
         self._emit = Emitter(on_event)
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed = self._forked = False
         self._ram = RamTier(config, layout, self._emit)
         self._pins = Pins(self._ram.pool, self._emit, config.ram_pin)
         self._slow: list[SlowTier] = []
@@ -88,7 +78,7 @@ class Store:
         self._counts = {"lookups": 0, "lookup_tokens": 0, "hit_tokens": 0, "stored_tokens": 0}
         self._hits_by_tier: dict[str, int] = {}
         self._finder = Finder(self._lock, self._ram, self._slow)
-        _open_stores.add(self)
+        watch(self)
         self._loader = Loader(self._lock, self._ram, self._slow, self._allocate, self._finder.held, self._emit)
         self._peers: PeerServer | None = None
         if config.peer_listen:
@@ -477,7 +467,15 @@ class Store:
             if not self._closed and self._slow:
                 self.close(5.0)
 
+    def _left_behind(self) -> None:
+        """Called in a process that was forked from the store's own, where it has neither its threads nor its locks, but the
+        slots, if they are shared: every verb is refused there."""
+        self._closed = self._forked = True
+        self._lock = threading.RLock()  # the other one may be held by a thread that is not here
+
     def _open(self) -> None:
+        if self._forked:
+            raise StoreClosedError("expected the process that opened the store; this one was forked from it: open another here")
         if self._closed:
             raise StoreClosedError("expected an open store; it was closed: open a new one")
 

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Parts of the package, each importing only from those before it; the launchers at the end name adapters, nobody else does.
 ORDER = [
-    "_native", "errors", "layout", "config", "events", "_plugins", "chunks", "record", "codecs", "eviction", "index", "pool",
+    "_native", "errors", "layout", "config", "events", "_plugins", "processes",
+    "chunks", "record", "codecs", "eviction", "index", "pool",
     "backends", "transfer", "tiers", "handles", "worth", "loading", "finding", "peers", "store", "aio", "testing",
     "adapters", "cli", "standalone",
 ]  # fmt: skip

@@ -363,6 +363,19 @@ class Directory:
 
 _registry: dict[str, Directory] = {}
 _registry_lock = threading.Lock()
+#: Of the process that this one was forked from. LMDB would take its readers' places away if it were closed here.
+_inherited: list[Directory] = []
+
+
+def _leave_behind() -> None:
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _inherited.extend(_registry.values())
+    _registry.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_behind)
 
 
 def open_directory(settings: Settings) -> Directory:
@@ -374,6 +387,11 @@ def open_directory(settings: Settings) -> Directory:
     if settings.capacity < LEAST_CAPACITY:
         raise CapacityError(
             f"tier {settings.name}: expected a capacity of at least {LEAST_CAPACITY} bytes; got {settings.capacity}"
+        )
+    if any(directory.settings.path == settings.path for directory in _inherited):
+        raise ConfigError(
+            f"tier {settings.name}: expected a directory that was not open when this process was forked, which LMDB does not "
+            f"allow; {settings.path} was: start the process anew (spawn), or open it in the other one later"
         )
     with _registry_lock:
         found = _registry.get(settings.path)
@@ -417,6 +435,8 @@ def is_open(path: str) -> bool:
 def close_directory(directory: Directory) -> None:
     """One user less; the last one closes it."""
     with _registry_lock:
+        if directory in _inherited:
+            return
         directory.users -= 1
         if not directory.users:
             del _registry[directory.settings.path]
