@@ -271,8 +271,10 @@ class Reservation:
         commit: Callable[[Reservation], int],
         abort: Callable[[Reservation], None],
         lost: Callable[[Reservation], None],
+        epoch: int = 0,
     ) -> None:
         self.chunks = chunks
+        self.epoch = epoch  # of the store: how often it was cleared
         self._lost = lost
         self.open = True
         self._payload = payload
@@ -294,7 +296,7 @@ class Reservation:
         return sum(len(chunk.piece) for chunk in self.chunks) // TOKEN_BYTES
 
     def commit(self) -> int:
-        """Make the chunks visible; returns how many tokens are newly stored.
+        """Make the chunks visible; returns how many tokens are newly stored: none if the store was cleared meanwhile.
 
         Raises:
             ArgumentError: the reservation was committed or aborted before.

@@ -92,8 +92,9 @@ class Probes:
 class _Trip:
     """One load from one tier, in several batches: how long it takes as whoever asked for it sees it."""
 
-    def __init__(self, tier: SlowTier) -> None:
+    def __init__(self, tier: SlowTier, epoch: int) -> None:
         self.tier = tier
+        self.epoch = epoch
         self.begun = time.monotonic()
         self._left = self._asked = self._size = 0
 
@@ -137,7 +138,12 @@ class Loader:
         self._held = held
         self._emit = emit
         self._under_way: dict[ChunkKey, Future[None]] = {}
+        self._epoch = 0
         self._waits = Waits()
+
+    def forget(self) -> None:
+        """Count what is under way for nothing: the store is being cleared. Under the lock."""
+        self._epoch += 1
 
     @property
     def loading(self) -> int:
@@ -159,7 +165,7 @@ class Loader:
                 waits.append(done)
                 for chunk in batch:
                     self._under_way[chunk.key] = done
-        trips = {tier: _Trip(self._tiers[tier]) for tier, _ in batches}
+            trips = {tier: _Trip(self._tiers[tier], self._epoch) for tier, _ in batches}
         for tier, batch in batches:
             trips[tier].expects(self._bytes(batch))
         for (tier, batch), done in zip(batches, waits[len(others) :], strict=True):
@@ -227,8 +233,10 @@ class Loader:
         reading.add_done_callback(finish)
 
     def _finish(self, trip: _Trip, batch: list[NewChunk], there: list[bool], done: Future[None]) -> None:
-        good = [chunk for chunk, ok in zip(batch, there, strict=True) if ok]
         with self._lock:
+            if trip.epoch != self._epoch:  # what was read may be from before the store was cleared
+                there = [False] * len(batch)
+            good = [chunk for chunk, ok in zip(batch, there, strict=True) if ok]
             for chunk in batch:
                 del self._under_way[chunk.key]
             self._ram.pool.release([chunk.slot for chunk, ok in zip(batch, there, strict=True) if not ok])

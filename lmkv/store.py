@@ -73,7 +73,7 @@ class Store:
             self._ram.pool.close()
             raise
         self._reserving: set[ChunkKey] = set()
-        self._reservations = 0
+        self._reservations = self._epoch = 0
         self._leases: dict[int, Lease] = {}
         self._counts = {"lookups": 0, "lookup_tokens": 0, "hit_tokens": 0, "stored_tokens": 0}
         self._hits_by_tier: dict[str, int] = {}
@@ -168,6 +168,9 @@ class Store:
             hit = min(hit, match.hit_tokens)
         with self._lock:
             self._open()
+            if any(node.slot < 0 for node in nodes):  # the store was cleared meanwhile
+                self._ram.let_go(nodes)
+                nodes, hit = [], 0
             self._ram.touch(nodes)
             lease = Lease(nodes, hit, self.layout.chunk_tokens, self.config.lease_seconds, self._ram.payload, self._release)
             self._leases[id(lease)] = lease
@@ -280,7 +283,7 @@ class Store:
             ]
             self._reserving.update([chunk.key for chunk in chunks])
             self._reservations += 1
-        return Reservation(chunks, self._ram.payload, self._commit, self._abort, self._lost)
+            return Reservation(chunks, self._ram.payload, self._commit, self._abort, self._lost, self._epoch)
 
     def _allocate(self, n: int, protected: Sequence[ChunkKey]) -> list[int]:
         """Up to ``n`` slots, making room; under the lock."""
@@ -304,6 +307,9 @@ class Store:
             self._open()
             if not reservation.open:  # a commit or an abort on another thread came first
                 raise ArgumentError("expected an open reservation; it was committed or aborted before")
+            if reservation.epoch != self._epoch:  # the store was cleared meanwhile
+                self._abort(reservation)
+                return 0
             reservation.open = False
             self._reservations -= 1
             self._reserving.difference_update([chunk.key for chunk in reservation.chunks])
@@ -402,23 +408,25 @@ class Store:
         return done
 
     def clear(self) -> None:
-        """Drop every chunk of every tier, but for leased ones; other processes on the same disk directory lose theirs too.
+        """Drop every chunk of every tier; other processes on the same disk directory lose theirs too.
 
-        Raises:
-            StoreClosedError: the store was closed.
+        What is leased stays in place until its lease ends, but is found no more; reservations of before commit nothing; a tier
+        that can't be cleared now gives nothing until it was. Raises :class:`StoreClosedError`.
         """
         self._open()
-        for tier in self._slow:
-            tier.clear()
-        with self._lock:
-            self._ram.clear()
+        for cleared in (False, True):  # again afterwards: what came from the tiers meanwhile
+            with self._lock:
+                self._open()
+                self._loader.forget()
+                self._epoch += not cleared
+                for tier in () if cleared else self._slow:
+                    tier.writer.drop_oldest(len(tier.writer), "the store was cleared")
+                self._ram.clear()
+            for tier in () if cleared else self._slow:
+                tier.clear()
 
     def stats(self) -> Stats:
-        """Counts since the store was opened.
-
-        Raises:
-            StoreClosedError: the store was closed.
-        """
+        """Counts since the store was opened. Raises :class:`StoreClosedError`."""
         self._open()
         with self._lock:
             hits = dict(self._hits_by_tier)
@@ -468,8 +476,7 @@ class Store:
                 self.close(5.0)
 
     def _left_behind(self) -> None:
-        """Called in a process that was forked from the store's own, where it has neither its threads nor its locks, but the
-        slots, if they are shared: every verb is refused there."""
+        """In a forked process there are neither the store's threads nor its locks, but its slots, if they are shared."""
         self._closed = self._forked = True
         self._lock = threading.RLock()  # the other one may be held by a thread that is not here
 
@@ -483,8 +490,10 @@ class Store:
         """Assert the invariants of all parts; for tests, while nothing is in flight elsewhere."""
         with self._lock:
             self._ram._check()
-            assert self._ram.pool.used == len(self._ram.index) + len(self._reserving) + self._loader.loading
+            held = len(self._ram.index) + self._ram.detached
+            assert self._ram.pool.used == held + len(self._reserving) + self._loader.loading
             assert all(node.pins >= 0 for node in self._ram.index)
-            assert all(self._ram.index.get(node.key) is node for lease in self._leases.values() for node in lease.nodes)
+            held_nodes = (node for lease in self._leases.values() for node in lease.nodes if node.slot >= 0)
+            assert all(self._ram.index.get(node.key) is node for node in held_nodes)
         for tier in self._slow:
             tier._check()

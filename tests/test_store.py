@@ -348,19 +348,23 @@ def test_a_listener_that_raises_does_no_harm(tmp_path: Path) -> None:
         assert store.store(text, kv_of(text)) == 8
 
 
-def test_clear_drops_everything_but_leases(open_store) -> None:
+def test_clear_drops_everything_and_leases_hold_on(open_store) -> None:
     store = open_store()
     text = np.arange(32, dtype=np.uint32)
     store.store(text, kv_of(text))
     store.flush()
     lease = store.lease(store.lookup(text[:10]))
     store.clear()
-    assert store.lookup(text).hit_tokens == 16
+    assert store.lookup(text).hit_tokens == 0, "what is leased is found no more"
+    store._check()
+    other = text + 7
+    assert store.store(other, kv_of(other)) == 32
     out = np.zeros((LAYERS, 2, HEADS, 10, SIZE), np.float32)
     assert store.retrieve(lease, out) == 10
     assert np.array_equal(out, kv_of(text)[:, :, :, :10])
+    used = store._ram.pool.used
     lease.release()
-    store.clear()
+    assert store._ram.pool.used == used - len(lease.nodes)
     assert store.lookup(text).hit_tokens == 0
     store._check()
 

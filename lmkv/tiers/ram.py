@@ -112,11 +112,17 @@ class RamTier:
         self._starts = array("I")  # by slot: position of the chunk's first token in its text
         self._roots = array("I")  # by slot: number of the root of the chunk's namespace
         self._root_numbers: dict[ChunkKey, int] = {}
+        self._detached: dict[int, int] = {}  # by id of a pinned node that is found no more: its slot
         self._emit = emit
 
     def _priority_of(self, key: ChunkKey) -> int:
         node = self.index.get(key)
         return 0 if node is None else node.priority
+
+    @property
+    def detached(self) -> int:
+        """Slots of pinned chunks that were cleared."""
+        return len(self._detached)
 
     def payload(self, slot: int, tokens: int) -> memoryview:
         """The payload of a chunk of ``tokens`` tokens in a slot."""
@@ -165,21 +171,29 @@ class RamTier:
         return n - max(0, missing)
 
     def let_go(self, nodes: Sequence[Node]) -> None:
-        """Take one pin off each chunk. One without pins goes at once where RAM keeps nothing."""
+        """Take one pin off each chunk. One without pins goes at once where RAM keeps nothing, or was cleared meanwhile."""
         for node in nodes:
             node.pins -= 1
-            if not (node.pins or self.keeps):
+            if node.pins:
+                continue
+            if node.slot < 0:
+                self.pool.release((self._detached.pop(id(node)),))
+            elif not self.keeps:
                 self.drop(node)
 
     def drop(self, node: Node) -> None:
         """Hold a chunk no longer and free its slot. Its pins must be gone."""
+        slot = node.slot
+        self._forget(node)
+        self.pool.release((slot,))
+
+    def _forget(self, node: Node) -> None:
         slot = node.slot
         if len(node.tokens) == self._full_bytes:
             self.content.discard(self._fingerprints[slot], slot)
         self.policy.remove(node.key)
         self.index.remove(node)
         self._nodes[slot] = None
-        self.pool.release((slot,))
 
     def commit(self, chunks: Sequence[NewChunk]) -> list[tuple[Node, NewChunk]]:
         """Make filled slots visible. A chunk that came in by another way meanwhile gives its slot back and is left out."""
@@ -250,12 +264,14 @@ class RamTier:
         )
 
     def clear(self) -> int:
-        """Drop every chunk that is not pinned, extensions first; returns how many stay."""
-        waiting = sorted(self.index, key=lambda node: -len(self.index.chain(node)))
-        for node in waiting:
-            if node.pins == 0:
+        """Drop every chunk, extensions first; returns how many are pinned: their slots are freed when their pins are gone."""
+        for node in sorted(self.index, key=lambda node: -len(self.index.chain(node))):
+            if node.pins:
+                self._detached[id(node)] = node.slot
+                self._forget(node)
+            else:
                 self.drop(node)
-        return len(self.index)
+        return len(self._detached)
 
     def _grow_tables(self) -> None:
         missing = len(self.pool._used) - len(self._nodes)
@@ -297,5 +313,6 @@ class RamTier:
         assert len(held) == len(self.index) == len(self.policy)
         assert all(node.key in self.policy for node in self.index)
         assert {slot: node for slot, node in enumerate(self._nodes) if node is not None} == held
-        assert all(self.pool._used[slot] for slot in held)
+        assert all(self.pool._used[slot] for slot in (*held, *self._detached.values()))
+        assert not held.keys() & self._detached.values()
         assert len(self.content) == sum(1 for node in self.index if len(node.tokens) == self._full_bytes)

@@ -90,6 +90,7 @@ class SlowTier:
         self.evictions = self.read_chunks = self.written_chunks = 0
         self._moved = {"read": [0, 0.0], "write": [0, 0.0]}  # bytes, seconds
         self._failures = self._dropped = 0
+        self._uncleared = False
         self._counting = threading.Lock()
         self._release = release
         self._emit = emit
@@ -157,12 +158,16 @@ class SlowTier:
     def match_prefix(self, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
         """Leading chunks that a local index holds; 0 for a tier without one."""
         local = self.local
-        return self._guarded("lookup", lambda: local.match_prefix(keys, pieces), 0) if local and keys else 0
+        if local is None or not keys or not self._cleared():
+            return 0
+        return self._guarded("lookup", lambda: local.match_prefix(keys, pieces), 0)
 
     def best_child(self, parent: ChunkKey, tokens: bytes) -> tuple[ChunkKey, bytes, int] | None:
         """As :meth:`lmkv.backends.base.LocalIndex.best_child`."""
         local = self.local
-        return self._guarded("lookup", lambda: local.best_child(parent, tokens), None) if local and tokens else None
+        if local is None or not tokens or not self._cleared():
+            return None
+        return self._guarded("lookup", lambda: local.best_child(parent, tokens), None)
 
     def probe(self, keys: Sequence[ChunkKey]) -> Future[int]:
         """How many leading keys a tier without a local index holds, asked on a thread of the tier's."""
@@ -170,14 +175,14 @@ class SlowTier:
         def count() -> int:
             backend = self.backend
             at_once = backend.probe_concurrency if isinstance(backend, AsksEach) else None
-            return count_leading(self.backend.contains_many, keys, at_once)
+            return count_leading(self.backend.contains_many, keys, at_once) if self._cleared() else 0
 
         return self._readers.submit(lambda: self._guarded("lookup", count, 0))
 
     def mirror(self) -> tuple[Mirror, threading.Lock] | None:
         """The mirror, caught up, with the lock to hold while using it; ``None`` where the backend lists nothing."""
         mirror = self._mirror
-        if mirror is None:
+        if mirror is None or not self._cleared():
             return None
 
         def sync() -> bool:
@@ -203,6 +208,8 @@ class SlowTier:
         return self._readers.submit(lambda: self._guarded("read", lambda: self._read(chunks), [False] * len(chunks)))
 
     def _read(self, chunks: Sequence[NewChunk]) -> list[bool]:
+        if not self._cleared():
+            return [False] * len(chunks)
         buffers = [self._packer.room(chunk) for chunk in chunks]
         sizes = self.backend.read_many([chunk.key for chunk in chunks], buffers)
         done: list[bool] = []
@@ -281,8 +288,9 @@ class SlowTier:
         chunks = [write.chunk for write in writes if write.chunk is not None]
         nodes = [write.node for write in writes if write.node is not None]
         try:
+            kept = not self._uncleared or self._clear_now()
             self._note_touches()
-            if chunks and not self._guarded("write", lambda: self._store(chunks), False):
+            if chunks and not (kept and self._guarded("write", lambda: self._store(chunks), False)):
                 self._dropped += len(chunks)
                 self._emit("write_dropped", self.name, chunks=len(chunks), reason="the tier failed or has no room")
         finally:
@@ -397,14 +405,32 @@ class SlowTier:
         return done
 
     def clear(self) -> None:
-        """Drop everything the backend can drop."""
+        """Drop everything the backend can drop, within the deadline; until that is done nothing is found here."""
+        if isinstance(self.backend, Clearable):
+            self._uncleared = True
+            self.writer.put([Write(None, None)])  # done where writes are done, so that none under way comes later
         self.writer.flush(self.deadline)
+
+    def _cleared(self) -> bool:
+        """Whether nothing is here any more from before it was to be cleared; sees to that, beside the caller, if not."""
+        if self._uncleared and not len(self.writer):
+            self.writer.put([Write(None, None)])
+        return not self._uncleared
+
+    def _clear_now(self) -> bool:
         backend = self.backend
-        if isinstance(backend, Clearable):
-            self._guarded("clear", backend.clear, None)
+        assert isinstance(backend, Clearable)
+
+        def clear() -> bool:
+            backend.clear()
             if self._mirror is not None:
                 with self._mirror_lock:
                     self._mirror.reset()
+            return True
+
+        done = self._guarded("clear", clear, False)
+        self._uncleared = not done
+        return done
 
     def close(self, timeout: float | None) -> bool:
         """Write what waits, for at most ``timeout`` seconds, and close the backend."""

@@ -138,17 +138,20 @@ def test_many_namespaces_one_after_the_other() -> None:
     ram._check()
 
 
-def test_clear_keeps_what_is_pinned() -> None:
+def test_clear_keeps_the_slots_of_what_is_pinned() -> None:
     ram, _ = tier(4)
     chunks = text_chunks(LAYOUT, range(24))
     put(ram, chunks)
     node = ram.index.get(chunks[1].key)
     assert node is not None
+    slot = node.slot
     node.pins += 1
     assert ram.clear() == 1
-    assert payload_of(ram, chunks[1].key) == chunks[1].key
+    assert ram.index.get(chunks[1].key) is None, "it is found no more"
+    assert bytes(ram.payload(slot, 8)[:16]) == chunks[1].key
+    assert ram.pool.used == 1
     ram._check()
-    node.pins -= 1
+    ram.let_go([node])
     assert ram.clear() == 0
     assert ram.pool.used == 0
     ram._check()
@@ -193,13 +196,13 @@ class _Machine(RuleBasedStateMachine):
 
     @rule()
     def unpin(self) -> None:
-        for node in self.pinned:
-            node.pins -= 1
+        self.ram.let_go(self.pinned)
         self.pinned = []
 
     @rule()
     def clear(self) -> None:
-        assert self.ram.clear() == len({node.key for node in self.pinned})
+        assert self.ram.clear() == len({id(node) for node in self.pinned})
+        assert not len(self.ram.index)
 
     @invariant()
     def holds_what_it_was_given(self) -> None:
@@ -208,8 +211,9 @@ class _Machine(RuleBasedStateMachine):
         self.ram._check()
         for node in self.ram.index:
             assert payload_of(self.ram, node.key) == node.key, "every slot still has the bytes of its chunk"
-        assert all(self.ram.index.get(node.key) is node for node in self.pinned), "what is pinned stays"
-        assert self.ram.pool.used == len(self.ram.index)
+        held = [node for node in self.pinned if node.slot >= 0]  # others were cleared
+        assert all(self.ram.index.get(node.key) is node for node in held), "what is pinned stays"
+        assert self.ram.pool.used == len(self.ram.index) + self.ram.detached
 
 
 TestAnySequenceOfCalls = _Machine.TestCase
