@@ -219,7 +219,7 @@ class Store:
 
         Raises:
             LayoutMismatchError: the tensors do not have the layout; nothing was copied.
-            ArgumentError: positions outside the tensors, or ``start`` behind the lease's end; nothing was copied.
+            ArgumentError: positions outside the tensors or the lease, or another store's lease; nothing was copied.
             StoreClosedError: the store was closed.
         """
         self._open()
@@ -230,8 +230,11 @@ class Store:
         if stop <= start:
             return 0
         access.check(self.layout, start, stop)
-        if not lease.held:
-            return 0
+        with self._lock:
+            if not lease.held:
+                return 0
+            if self._leases.get(id(lease)) is not lease:
+                raise ArgumentError("expected a lease of this store; got another store's")
         self._pins.use(access.rows)
         scatter(access, slot_parts(lease.slots, start, stop), self.layout)
         with self._lock:  # a lease that lost its hold may have been overwritten under the copy
@@ -437,11 +440,7 @@ class Store:
         return Stats(**counts, leases=leases, reservations=reservations, tiers=tiers)
 
     def pool_handle(self) -> Any:
-        """How another process maps the slots; see :class:`lmkv.pool.MappedPool`.
-
-        Raises:
-            ConfigError: ``ram_shared`` is off.
-        """
+        """How :class:`lmkv.pool.MappedPool` maps the slots. Raises :class:`ConfigError` without ``ram_shared``."""
         self._open()
         return self._ram.pool.handle()
 

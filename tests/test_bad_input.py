@@ -290,3 +290,29 @@ def test_all_errors_have_one_base() -> None:
     assert all(issubclass(getattr(lmkv, name), lmkv.LMKVError) for name in names)
     for name in ("ArgumentError", "ConfigError", "LayoutMismatchError"):
         assert issubclass(getattr(lmkv, name), ValueError)
+
+
+def test_a_lease_of_another_store(store: lmkv.Store) -> None:
+    """Its slots are laid out in another way, or are not there at all."""
+    layout = lmkv.KVLayout.dense(layers=1, heads=1, head_size=8, dtype="float16", chunk_tokens=16)
+    with lmkv.Store(config(), layout) as other:
+        other.store(TOKENS[:32], known_kv.source(layout, TOKENS[:32]))
+        arrays = known_kv.empty_layers(LAYOUT, 32)
+        lease = other.lease(other.lookup(TOKENS))
+        with pytest.raises(lmkv.ArgumentError, match="a lease of this store"):
+            store.retrieve(lease, lmkv.DenseKV(arrays))
+        lease.release()
+        assert store.retrieve(lease, lmkv.DenseKV(arrays)) == 0, "one that has ended brings nothing, whosever it was"
+    assert not any(array.any() for parts in arrays for array in parts)
+
+
+@pytest.mark.parametrize("ids", [np.array([2**32]), [1.7], ["1"], np.array([True]), [[0]], [2**31]], ids=repr)
+def test_block_ids_that_would_name_other_blocks(store: lmkv.Store, ids: Any) -> None:
+    pages = [[np.zeros((2, 16, 2, 8), np.float16) for _ in range(2)] for _ in range(2)]
+    with store.lease(store.lookup(TOKENS[:16])) as lease, pytest.raises(lmkv.ArgumentError, match="block ids"):
+        store.retrieve(lease, lmkv.PagedKV(pages, ids))
+    engine = lmkv.transfer.CopyEngine(pages, LAYOUT)
+    part = lmkv.transfer.Part(memoryview(bytearray(LAYOUT.chunk_bytes)), 0, 16, 0, 16)
+    with pytest.raises(lmkv.ArgumentError, match="block ids"):
+        engine.scatter([part], [ids])
+    assert not any(page.any() for pair in pages for page in pair)

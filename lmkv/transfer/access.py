@@ -56,6 +56,22 @@ def paged_places(block_ids: npt.NDArray[np.int32], block_tokens: int, start: int
     return whole.reshape(-1, 2)[skip : skip + stop - start]
 
 
+def block_numbers(given: Any) -> npt.NDArray[np.int32]:
+    """Block ids as int32.
+
+    Raises:
+        ArgumentError: they are no row of whole numbers, or some do not fit: cut off, they would name other blocks.
+    """
+    ids = np.asarray(given)
+    if not ids.size:
+        return np.empty(0, np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ArgumentError(f"expected a row of whole numbers as block ids; got shape {ids.shape} of {ids.dtype}")
+    if ids.dtype != np.int32 and (ids.min() < -(2**31) or ids.max() >= 2**31):
+        raise ArgumentError(f"expected block ids below {2**31}; got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32, copy=False)
+
+
 class DenseKV:
     """KV of consecutive positions in one tensor a layer and kind.
 
@@ -107,7 +123,7 @@ class PagedKV:
 
     def __init__(self, layers: Any, block_ids: Sequence[int], *, order: str = "NHD") -> None:
         self._layers = Layers(layers, order)
-        self._blocks = np.asarray(list(block_ids), dtype=np.int32)
+        self._blocks = block_numbers(list(block_ids))
         self.rows: list[Row] = []
 
     def check(self, layout: KVLayout, start: int, stop: int) -> None:

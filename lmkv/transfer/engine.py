@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, LayoutMismatchError
 from ..layout import KVLayout
-from .access import KVAccess, Places, paged_places
+from .access import KVAccess, Places, block_numbers, paged_places
 from .calibration import tuned
 from .host import copy_compiled, copy_numpy, needs_numpy
 from .plan import Part, PartTable, Plan
@@ -192,7 +192,7 @@ class CopyEngine:
             raise ArgumentError(f"expected {len(self._block_tokens)} block tables; got {len(blocks)}")
         found: list[Places] = []
         for given, size in zip(blocks, self._block_tokens, strict=True):
-            ids = np.asarray(given, dtype=np.int32)
+            ids = block_numbers(given)
             for start, stop in runs:
                 if start < 0 or stop > len(ids) * size:
                     raise ArgumentError(f"expected blocks for tokens {start} to {stop}; got {len(ids)} of {size} tokens")
