@@ -49,6 +49,7 @@ class PoolHandle:
     slots: int
     extent_bytes: int
     collapse: bool = False
+    file: int = 0  # its inode: the descriptor's number may be another file's by the time that it is mapped; 0 is not checked
 
 
 class _Slab:
@@ -294,9 +295,8 @@ class HostPool(_Slab):
         """
         if self._fd < 0:
             raise ConfigError("expected a shared pool; this one is private: open the store with ram_shared: true")
-        return PoolHandle(
-            os.getpid(), self._fd, self.slot_bytes, self.slots_per_extent, self.slots, self.extent_bytes, self._collapse
-        )
+        sizes = (self.slot_bytes, self.slots_per_extent, self.slots, self.extent_bytes)
+        return PoolHandle(os.getpid(), self._fd, *sizes, self._collapse, os.fstat(self._fd).st_ino)
 
     def close(self) -> None:
         """Unmap. Views that are still held elsewhere keep their memory until they go."""
@@ -404,16 +404,19 @@ class MappedPool(_Slab):
             self._fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise CapacityError(f"expected the pool of process {handle.pid}; it can't be mapped: {error}") from error
+        if handle.file and os.fstat(self._fd).st_ino != handle.file:
+            self.close()
+            raise CapacityError(f"expected the pool of process {handle.pid}; it is gone, and another file has its descriptor")
 
     def view(self, slot: int) -> memoryview:
         """As the owner's; extents that the owner added since are mapped on the way."""
-        if slot >= len(self._maps) * self.slots_per_extent:
+        if slot >= len(self._views) * self.slots_per_extent:
             self.refresh()
         return super().view(slot)
 
     def addresses(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """As the owner's; extents that the owner added since are mapped on the way."""
-        if len(slots) and slots.max() >= len(self._maps) * self.slots_per_extent:
+        if len(slots) and slots.max() >= len(self._bases) * self.slots_per_extent:
             self.refresh()
         return super().addresses(slots)
 

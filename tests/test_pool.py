@@ -144,6 +144,21 @@ def test_refusals() -> None:
         MappedPool(PoolHandle(2**22 + 1, 3, PAGE, 4, 4, 4 * PAGE))  # beyond the largest process id there can be
 
 
+def test_a_handle_of_a_pool_that_is_gone() -> None:
+    """What has its descriptor's number by then is not to be written into."""
+    pool = HostPool(PAGE, 4, shared=True)
+    pool.allocate(1)
+    handle = pool.handle()
+    MappedPool(handle).close()
+    pool.close()
+    other = HostPool(PAGE, 4, shared=True)
+    other.allocate(1)
+    assert other.handle().fd == handle.fd, "numbers are used again"
+    with pytest.raises(CapacityError, match="it is gone"):
+        MappedPool(handle)
+    other.close()
+
+
 # -- shared ------------------------------------------------------------------------------------------------------------------
 
 _OTHER = """
