@@ -249,7 +249,12 @@ class RedisBackend:
             broken.difference_update(indices)
             for i in indices:
                 sizes[i] = None
-            self._receive(wire, indices, names, out, sizes, broken)
+            try:
+                self._receive(wire, indices, names, out, sizes, broken)
+            except BaseException:  # what is there of a value whose head came is not all of it
+                for i in indices:
+                    sizes[i] = None
+                raise
 
         self._each_node("read", names, step, until)
         if broken:  # perhaps it was replaced meanwhile
