@@ -138,6 +138,10 @@ class Namespace:
             value = getattr(self, field.name)
             if not isinstance(value, wanted):
                 raise ArgumentError(f"expected namespace {field.name} as {wanted.__name__}; got {value!r}")
+            try:
+                value if isinstance(value, bytes) else value.encode()
+            except UnicodeEncodeError:
+                raise ArgumentError(f"expected namespace {field.name} as a text that has a UTF-8 form; got {value!r}") from None
 
     @classmethod
     def of(cls, layout: KVLayout, **settings: str) -> Namespace:

@@ -313,3 +313,9 @@ def test_shared_tokens(a: list[int], b: list[int], same: int) -> None:
         slow += 1
     assert shared_tokens(token_bytes(a), token_bytes(b)) == shared_tokens(token_bytes(b), token_bytes(a)) == slow
     assert shared_tokens(b"", token_bytes(a)) == 0
+
+
+def test_a_text_without_utf8_form_is_no_name() -> None:
+    """Such as a path of other bytes; said when the namespace is made, not when it is used first."""
+    with pytest.raises(ArgumentError, match="expected namespace salt as a text that has a UTF-8 form"):
+        Namespace(bytes(16), salt="tenant-\udcff")

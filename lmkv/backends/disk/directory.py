@@ -351,9 +351,7 @@ class Directory:
         self._ending.set()
         if self._checking is not None:
             self._checking.join()  # it reads from the map
-        if self.files is not None:
-            if hasattr(self, "slots"):
-                self.slots.close()
+        if self.files is not None and (not hasattr(self, "slots") or self.slots.close()):
             self.files.close()
         self.closed = True
         with contextlib.suppress(lmdb.Error):

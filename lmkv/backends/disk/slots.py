@@ -29,6 +29,8 @@ PRESENCE = 2**62
 _SEARCHED = 32
 #: Seconds during which a file system that had no room for a segment is not asked again.
 _FULL_SECONDS = 5.0
+#: Seconds that closing waits for a step of writing ahead.
+_STEP_SECONDS = 10.0
 
 
 def _free_runs(free: int, number: int, slots: int) -> Iterator[Run]:
@@ -252,13 +254,17 @@ class Slots:
             finally:
                 self.release([run])
 
-    def close(self) -> None:
-        """Let go of everything; waits for a step of writing ahead."""
+    def close(self) -> bool:
+        """Let go of everything; waits for a step of writing ahead. ``False`` if the device hangs in it: then that step still
+        writes by the files' descriptors, whose numbers must not become other files'."""
         self._closed = True
         preparing = self._preparing
         if preparing is not None:
-            preparing.join(10)
+            preparing.join(_STEP_SECONDS)
+            if preparing.is_alive():
+                return False
         os.close(self._fd)
+        return True
 
 
 class _Choice:
