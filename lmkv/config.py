@@ -22,21 +22,10 @@ from .errors import ConfigError
 
 __all__ = ["StoreConfig", "TierConfig", "parse_bytes"]
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "k": 1000,
-    "kb": 1000,
-    "kib": 1024,
-    "m": 1000**2,
-    "mb": 1000**2,
-    "mib": 1024**2,
-    "g": 1000**3,
-    "gb": 1000**3,
-    "gib": 1024**3,
-    "t": 1000**4,
-    "tb": 1000**4,
-    "tib": 1024**4,
+_UNITS = {"": 1, "b": 1} | {
+    letter + end: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for end, base in (("", 1000), ("b", 1000), ("ib", 1024))
 }
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
@@ -60,13 +49,10 @@ def parse_bytes(value: object) -> int:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         number, unit = float(value), ""
     else:
-        found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
+        found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
         if not found or found[2].lower() not in _UNITS:
             raise ConfigError(f"expected a size such as 5GiB, 512MB or a number of bytes; got {value!r}")
-        try:
-            number, unit = float(found[1]), found[2].lower()
-        except ValueError:
-            raise ConfigError(f"expected a size such as 5GiB, 512MB or a number of bytes; got {value!r}") from None
+        number, unit = float(found[1]), found[2].lower()
     if not 0 <= number < float("inf"):
         raise ConfigError(f"expected a size of at least 0 bytes; got {value!r}")
     return int(number * _UNITS[unit])
@@ -89,7 +75,9 @@ def _convert(owner: str, name: str, hint: Any, metadata: Mapping[str, Any], valu
         if type(None) in options:
             return None
         if value is None:
-            raise ConfigError(f"{owner}{name}: expected {hint}; got nothing: give a value or leave the key out")
+            raise ConfigError(
+                f"{owner}{name}: expected {getattr(hint, '__name__', hint)}; got nothing: give a value or leave the key out"
+            )
     wanted = next(option for option in options if option is not type(None))
     if wanted is bool:
         text = str(value).strip().lower()
@@ -128,6 +116,15 @@ def _build(cls: type, data: Mapping[str, object], where: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     return {k: _convert(f"{where}: ", k, hints[k], fields[k].metadata, v) for k, v in data.items()}
+
+
+def _settle(config: Any, owner: str, but: str) -> None:
+    """Have values that were given in code be what those from files are: of their fields' types, or an error."""
+    hints = typing.get_type_hints(type(config))
+    for one in dataclasses.fields(config):
+        if one.name != but:
+            value = _convert(owner, one.name, hints[one.name], one.metadata, getattr(config, one.name))
+            object.__setattr__(config, one.name, value)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -177,6 +174,7 @@ class TierConfig:
     encryption: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        _settle(self, "tiers: ", "options")
         scheme, there, _ = self.url.partition("://")
         if self.url and not (there and scheme):
             raise ConfigError("tiers: url: expected scheme://…, such as redis://localhost:6379; got no scheme")
@@ -185,8 +183,6 @@ class TierConfig:
                 raise ConfigError("tiers: expected a backend for each tier; got none: set 'backend' or 'url'")
             object.__setattr__(self, "backend", scheme)
         object.__setattr__(self, "name", self.name or self.backend)
-        for size in ("capacity", "write_budget"):
-            object.__setattr__(self, size, _convert("tiers: ", size, int, _BYTES, getattr(self, size)))
         _one_of("tiers: admission", self.admission, ("all", "second"))
         if not isinstance(self.options, Mapping):
             raise ConfigError(f"tiers: options: expected keys and values; got {self.options!r}")
@@ -285,6 +281,7 @@ class StoreConfig:
     breaker_seconds: float = 10.0
 
     def __post_init__(self) -> None:
+        _settle(self, "", "tiers")
         if not isinstance(self.tiers or (), (list, tuple)):
             raise ConfigError(f"tiers: expected a list of tiers; got {self.tiers!r}")
         tiers = tuple(
@@ -292,18 +289,14 @@ class StoreConfig:
             for i, tier in enumerate(self.tiers or ())
         )
         object.__setattr__(self, "tiers", tiers)
-        for name in ("ram_capacity", "ram_extent", "ram_ahead", "disk_capacity", "disk_floor", "disk_write_budget"):
-            object.__setattr__(self, name, _convert("", name, int, _BYTES, getattr(self, name)))
         _one_of("key_hash", self.key_hash, ("sha256", "xxh3"))
         _one_of("ram_huge_pages", self.ram_huge_pages, ("transparent", "reserved", "off"))
-        node = self.ram_numa_node if self.ram_numa_node is None else str(self.ram_numa_node)
-        object.__setattr__(self, "ram_numa_node", node)
+        node = self.ram_numa_node
         if node is not None and not node.isdecimal() and node != "auto":
             raise ConfigError(f"ram_numa_node: expected a node's number or auto; got {node!r}")
         if self.chunk_size is not None:
             _at_least("chunk_size", self.chunk_size, 1)
         object.__setattr__(self, "disk_direct", str(self.disk_direct).lower())
-        object.__setattr__(self, "disk_paths", _convert("", "disk_paths", tuple, _LIST, self.disk_paths))
         if self.disk_path and self.disk_paths:
             raise ConfigError(f"disk_paths: expected it instead of disk_path; got both, {self.disk_path!r} too: keep one")
         _one_of("disk_admission", self.disk_admission, ("all", "second"))

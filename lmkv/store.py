@@ -398,7 +398,7 @@ class Store:
         """Wait until every committed chunk is in the slow tiers and durable there.
 
         Returns:
-            ``False`` if ``timeout`` seconds were not enough.
+            ``False`` if ``timeout`` seconds were not enough, or a tier can't make it durable now.
 
         Raises:
             StoreClosedError: the store was closed.

@@ -209,6 +209,25 @@ def test_wrong_arguments_in_python() -> None:
     assert TierConfig("memory", capacity="1GiB").capacity == GIB  # type: ignore[arg-type]
 
 
+def test_what_is_given_in_code_is_read_as_from_a_file(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "ram_cache": "false",
+        "write_queue": "10",
+        "lease_seconds": 5,
+        "disk_path": tmp_path,
+        "disk_direct": True,
+    }
+    config = StoreConfig(**given)
+    assert config == StoreConfig.from_dict({**given, "disk_path": str(tmp_path)})
+    assert (config.ram_cache, config.write_queue, config.disk_path) == (False, 10, str(tmp_path))
+    assert TierConfig("memory", deadline_seconds="3").deadline_seconds == 3.0  # type: ignore[arg-type]
+    for wrong in ({"ram_pin": "maybe"}, {"io_threads": 1.5}, {"io_threads": None}, {"model": ["a"]}, {"lease_seconds": "soon"}):
+        with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: expected"):
+            StoreConfig(**wrong)
+    with pytest.raises(ConfigError, match="tiers: deadline_seconds: expected a number"):
+        TierConfig("memory", deadline_seconds="soon")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [

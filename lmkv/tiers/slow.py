@@ -395,14 +395,19 @@ class SlowTier:
     # -- the rest --------------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None) -> bool:
-        """Wait until what was committed is in the backend and durable there."""
+        """Wait until what was committed is in the backend and durable there; whether it is."""
         if self._touches:
             self.writer.put([Write(None, None)])
         done = self.writer.flush(timeout)
         backend = self.backend
-        if isinstance(backend, Syncing):
-            self._guarded("sync", backend.sync, None)
-        return done
+        if not isinstance(backend, Syncing):
+            return done
+
+        def sync() -> bool:
+            backend.sync()
+            return True
+
+        return self._guarded("sync", sync, False) and done
 
     def clear(self) -> None:
         """Drop everything the backend can drop, within the deadline; until that is done nothing is found here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,20 @@ def test_written_once(tmp_path: Path) -> None:
         store.store(tokens, known_kv.source(LAYOUT, tokens))
         assert store.flush(60)
         assert store.stats().tiers[1].written_chunks == 0, "what another run left is not written again"
+
+
+def test_flush_says_so_where_nothing_can_be_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = list(range(70))
+    with open_store(tmp_path) as store:
+        store.store(tokens, known_kv.source(LAYOUT, tokens))
+
+        def full() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk(store), "sync", full)
+            assert not store.flush(60)
+        assert store.flush(60)
 
 
 def test_a_write_budget_bounds_what_reaches_the_device(tmp_path: Path) -> None:
