@@ -212,6 +212,7 @@ def test_a_peer_that_is_stopped_costs_the_deadline(lender: Lender, borrower: Any
         lender.tell("store", text)
     assert mine.get(texts[0]) == 101
     lender.process.send_signal(signal.SIGSTOP)
+    os.waitpid(lender.process.pid, os.WUNTRACED)  # until all its threads have: some answers could come before
     for text in texts[1:]:
         assert mine.get(text) == 0
     assert mine.slowest < DEADLINE + SLACK

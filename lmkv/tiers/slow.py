@@ -440,8 +440,8 @@ class SlowTier:
     def close(self, timeout: float | None) -> bool:
         """Write what waits, for at most ``timeout`` seconds, and close the backend."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        done = self.flush(timeout)
-        done = self.writer.close(None if deadline is None else max(0.0, deadline - time.monotonic())) and done
+        self.flush(timeout)  # what can't be made durable is lost; the backend is closed all the same
+        done = self.writer.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
         ended = self._readers.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
         if done and ended:  # a backend that somebody still hangs in can't be closed safely
             try:
