@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engines import BLOCK, CHUNK, assert_same, difference, text
 
 #: Lengths around the edges of blocks and chunks.
@@ -124,6 +125,10 @@ def test_what_a_request_may_ask_for(engine_of: Callable[..., Any]) -> None:
     assert engine.ask([other])[0].cached == 0
 
 
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM keeps KV of eight bits only on a processor with AVX-512 or AMX",
+)
 def test_a_cache_of_eight_bit_numbers(engine_of: Callable[..., Any]) -> None:
     engine = engine_of(kv_cache_dtype="fp8")
     prompts = [text(100, seed=71), text(333, seed=72)]
