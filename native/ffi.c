@@ -709,6 +709,7 @@ static void _cffi_checkfld_typedef_lmkv_gpu_options(lmkv_gpu_options *p)
   (void)((p->entry_bytes) | 0);  /* check that 'lmkv_gpu_options.entry_bytes' is an integer */
   (void)((p->entries) | 0);  /* check that 'lmkv_gpu_options.entries' is an integer */
   (void)((p->thread_blocks) | 0);  /* check that 'lmkv_gpu_options.thread_blocks' is an integer */
+  (void)((p->beside_blocks) | 0);  /* check that 'lmkv_gpu_options.beside_blocks' is an integer */
   (void)((p->threads) | 0);  /* check that 'lmkv_gpu_options.threads' is an integer */
   (void)((p->direct_bytes) | 0);  /* check that 'lmkv_gpu_options.direct_bytes' is an integer */
 }
@@ -1904,6 +1905,9 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "thread_blocks", offsetof(lmkv_gpu_options, thread_blocks),
                      sizeof(((lmkv_gpu_options *)0)->thread_blocks),
                      _CFFI_OP(_CFFI_OP_NOOP, 48) },
+  { "beside_blocks", offsetof(lmkv_gpu_options, beside_blocks),
+                     sizeof(((lmkv_gpu_options *)0)->beside_blocks),
+                     _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "threads", offsetof(lmkv_gpu_options, threads),
                sizeof(((lmkv_gpu_options *)0)->threads),
                _CFFI_OP(_CFFI_OP_NOOP, 48) },
@@ -1986,15 +1990,15 @@ static const struct _cffi_field_s _cffi_fields[] = {
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
   { "$lmkv_gpu_options", 100, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_gpu_options), offsetof(struct _cffi_align_typedef_lmkv_gpu_options, y), 0, 5 },
+    sizeof(lmkv_gpu_options), offsetof(struct _cffi_align_typedef_lmkv_gpu_options, y), 0, 6 },
   { "$lmkv_part", 102, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 5, 5 },
+    sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 6, 5 },
   { "$lmkv_place", 104, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 10, 2 },
+    sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 11, 2 },
   { "$lmkv_plan", 105, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 12, 7 },
+    sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 13, 7 },
   { "$lmkv_row", 107, _CFFI_F_CHECK_FIELDS,
-    sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 19, 10 },
+    sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 20, 10 },
   { "lmkv_gpu", 98, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
   { "lmkv_gpu_copy", 99, _CFFI_F_OPAQUE,

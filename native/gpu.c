@@ -71,20 +71,24 @@ static int load_kernels(lmkv_gpu *gpu, const void *image, char *why, size_t room
             if (gpu_failed(status, names[into][width], why, room)) return -1;
         }
     }
-    return 0;
+    return gpu_failed(gpu->driver->module_function(&gpu->fetch, module, "lmkv_fetch"), "lmkv_fetch", why, room);
 }
 
 static int make_streams(lmkv_gpu *gpu, char *why, size_t room) {
     int least = 0, greatest = 0;
     if (gpu_failed(gpu->driver->priority_range(&least, &greatest), "asking for priorities", why, room)) return -1;
     for (int into = 0; into < 2; into++) {
-        for (int i = 0; i < STREAMS; i++) {
-            /* Somebody waits for a load: its kernels, short and few, go first when multiprocessors come free. Nobody waits for a
-             * store: its kernels take what is left. */
-            gpu_status status =
-                gpu->driver->stream_create(&gpu->rings[into].streams[i], GPU_STREAM_NON_BLOCKING, into ? least : greatest);
-            if (gpu_failed(status, "making a stream", why, room)) return -1;
+        staging_ring *ring = &gpu->rings[into];
+        /* Somebody waits for a load: its kernels, short and few, go first when multiprocessors come free. Nobody waits for a
+         * store: its kernels take what is left. */
+        int priority = into ? least : greatest;
+        gpu_status status = gpu->driver->stream_create(&ring->wire, GPU_STREAM_NON_BLOCKING, priority);
+        if (!status) status = gpu->driver->stream_create(&ring->work, GPU_STREAM_NON_BLOCKING, priority);
+        for (int i = 0; !status && i < MOST_ENTRIES; i++) {
+            status = gpu->driver->event_create(&ring->moved[i], GPU_EVENT_NO_TIMING);
+            if (!status) status = gpu->driver->event_create(&ring->worked[i], GPU_EVENT_NO_TIMING);
         }
+        if (gpu_failed(status, "making streams and events", why, room)) return -1;
     }
     return 0;
 }
@@ -103,7 +107,7 @@ lmkv_gpu *lmkv_gpu_open(int device, const void *image, char *why, size_t room) {
         return NULL;
     }
     gpu->driver = driver;
-    gpu->options = (lmkv_gpu_options){.entry_bytes = 40 << 20, .entries = 2, .thread_blocks = 132, .threads = 512, .direct_bytes = 256 << 10};
+    gpu->options = (lmkv_gpu_options){.entry_bytes = 40 << 20, .entries = 2, .thread_blocks = 132, .beside_blocks = 16, .threads = 512, .direct_bytes = 256 << 10};
     pthread_mutex_init(&gpu->lock, NULL);
     if (gpu_failed(driver->device_get(&gpu->device, device), "finding the device", why, room) || find_context(gpu, why, room) ||
         gpu_enter(gpu, why, room)) {
@@ -138,13 +142,14 @@ int lmkv_gpu_architecture(int device, char *text, size_t text_room, char *why, s
 }
 
 int lmkv_gpu_tune(lmkv_gpu *gpu, const lmkv_gpu_options *options, char *why, size_t room) {
-    if (options->entry_bytes < 4096 || options->entries < 2 || options->entries > MOST_ENTRIES || options->entries % STREAMS || options->thread_blocks < 1 ||
-        options->thread_blocks > 65535 || options->threads < 32 || options->threads > 1024 || options->direct_bytes < 0)
+    if (options->entry_bytes < 4096 || options->entries < 2 || options->entries > MOST_ENTRIES ||
+        options->thread_blocks < 1 || options->thread_blocks > 65535 || options->beside_blocks < 1 ||
+        options->beside_blocks > 65535 || options->threads < 32 || options->threads > 1024 || options->direct_bytes < 0)
         return (int)lmkv_refuse(why, room,
-                                "expected entries of at least 4096 bytes, an even number of 2 to %d of them, 1 to 65535 blocks of 32 to 1024 threads, "
-                                "direct_bytes of at least 0; got %lld, %lld, %lld, %lld, %lld",
+                                "expected entries of at least 4096 bytes, 2 to %d of them, 1 to 65535 blocks, also beside transfers, of 32 to 1024 "
+                                "threads, direct_bytes of at least 0; got %lld, %lld, %lld, %lld, %lld, %lld",
                                 MOST_ENTRIES, (long long)options->entry_bytes, (long long)options->entries,
-                                (long long)options->thread_blocks, (long long)options->threads, (long long)options->direct_bytes);
+                                (long long)options->thread_blocks, (long long)options->beside_blocks, (long long)options->threads, (long long)options->direct_bytes);
     pthread_mutex_lock(&gpu->lock);
     gpu->options = *options;
     pthread_mutex_unlock(&gpu->lock);
@@ -159,9 +164,9 @@ int gpu_ring_ready(lmkv_gpu *gpu, int into_payloads, int64_t entry_bytes, char *
         ring->entry_bytes >= entry_bytes)
         return 0;
     if (ring->base) {
-        for (int i = 0; i < STREAMS; i++) {
-            if (gpu_failed(gpu->driver->stream_sync(ring->streams[i]), "waiting for copies", why, room)) return -1;
-        }
+        gpu_status status = gpu->driver->stream_sync(ring->wire);
+        if (!status) status = gpu->driver->stream_sync(ring->work);
+        if (gpu_failed(status, "waiting for copies", why, room)) return -1;
         if (gpu_failed(gpu->driver->free(ring->base), "freeing staging memory", why, room)) return -1;
         ring->base = 0;
     }
@@ -305,9 +310,7 @@ lmkv_gpu_copy *gpu_copy_new(lmkv_gpu *gpu, size_t table_bytes, int64_t groups, c
         }
         copy->gpu = gpu;
         gpu_status status = gpu->driver->event_create(&copy->start, GPU_EVENT_NO_TIMING);
-        if (!status) status = gpu->driver->event_create(&copy->ready, GPU_EVENT_NO_TIMING);
         if (!status) status = gpu->driver->event_create(&copy->finished, GPU_EVENT_NO_TIMING);
-        if (!status) status = gpu->driver->event_create(&copy->join, GPU_EVENT_NO_TIMING);
         if (gpu_failed(status, "making an event", why, room)) {
             free(copy);
             return NULL;

@@ -7,23 +7,24 @@
 #include "driver.h"
 #include "plan.h"
 
-enum { MOST_ENTRIES = 16, STREAMS = 2, WIDTHS = 5 };
+enum { MOST_ENTRIES = 16, WIDTHS = 5 };
 
 typedef struct {
     uint64_t address;
     size_t bytes;
 } pinned_range;
 
-/* Staging memory of one direction: entries used in turn, by two streams in turn. While a kernel works on one stream's entry, the
- * wire serves the other's: no event has to pass between them. More streams were slower on an H100: up 0.92 of a plain copy instead
- * of 0.97, and both directions at once 0.63 instead of 1.04. */
+/* Staging memory of one direction: entries used in turn. One stream moves them over the wire, one behind the other, another one
+ * works on those that are there: the wire rests for neither. With two streams that both do both, four of them shared the wire where
+ * both directions ran, and more were slower still (docs/benchmarks.md). */
 typedef struct {
     gpu_address base;
     int64_t entry_bytes;
     int64_t wanted_bytes; /* what the options said when it was made */
     int64_t entries;
     int64_t next;
-    gpu_stream streams[STREAMS];
+    gpu_stream wire, work;
+    gpu_event moved[MOST_ENTRIES], worked[MOST_ENTRIES]; /* what was last done with each entry */
 } staging_ring;
 
 struct lmkv_gpu {
@@ -31,6 +32,7 @@ struct lmkv_gpu {
     gpu_device device;
     gpu_context context;
     gpu_function kernels[2][WIDTHS]; /* [into payloads][log2 of the vector's bytes] */
+    gpu_function fetch;
     lmkv_gpu_options options;
     pthread_mutex_t lock; /* guards everything below */
     staging_ring rings[2]; /* [into payloads] */
@@ -52,9 +54,7 @@ struct lmkv_gpu_copy {
     gpu_address table;    /* and where the device finds them */
     size_t table_bytes;
     gpu_event start;      /* what was in the caller's stream */
-    gpu_event ready;      /* and the table is on the device */
     gpu_event finished;
-    gpu_event join;       /* the other stream has come to the end of a group */
     gpu_event *group_done;
     int64_t *ends; /* last row + 1 of each group */
     int64_t groups, room_groups;

@@ -33,6 +33,7 @@ typedef struct {
     int64_t *job_part;
     int64_t n_jobs, room_jobs;
     int64_t largest; /* bytes of staging memory of any piece */
+    int hurry;       /* whether the next kernel is waited for */
     char *why;
     size_t room;
 } submission;
@@ -244,6 +245,8 @@ static int vector_width(const submission *s, const piece *p) {
     return width;
 }
 
+/* Transfers lose a tenth beside kernels that use all of the device's memory bandwidth (seen on an H200): only those that somebody
+ * waits for, or that nothing is transferred beside, are in a hurry. */
 static gpu_status launch(const submission *s, const piece *p, const lmkv_gpu_copy *copy, gpu_stream stream) {
     const lmkv_plan *plan = s->plan;
     const lmkv_gpu_options *options = &s->gpu->options;
@@ -260,8 +263,8 @@ static gpu_status launch(const submission *s, const piece *p, const lmkv_gpu_cop
     gpu_address jobs = places + (uint64_t)(plan->tables * plan->n_places) * sizeof(lmkv_place) + (uint64_t)p->job * sizeof(gpu_job);
     uint32_t n_rows = (uint32_t)p->rows, n_places = (uint32_t)plan->n_places, n_jobs = (uint32_t)p->jobs, n_tiles = (uint32_t)tiles;
     void *arguments[] = {&rows, &n_rows, &places, &n_places, &jobs, &n_jobs, &n_tiles};
-    int64_t blocks = p->jobs * p->rows * tiles;
-    if (blocks > options->thread_blocks) blocks = options->thread_blocks;
+    int64_t blocks = p->jobs * p->rows * tiles, most = s->hurry ? options->thread_blocks : options->beside_blocks;
+    if (blocks > most) blocks = most;
     return s->gpu->driver->launch(s->gpu->kernels[s->into_payloads][width], (unsigned)blocks, 1, 1, (unsigned)options->threads, 1, 1, 0,
                                   stream, arguments, NULL);
 }
@@ -276,7 +279,7 @@ static void place_jobs(submission *s, const staging_ring *ring) {
             s->jobs[job].payload = p->bytes ? at : host_address(s, job, p->row);
             at += (uint64_t)share(s, s->job_part[job], p->row, p->row + p->rows);
         }
-        entry = (entry + 1) % ring->entries;
+        if (p->bytes) entry = (entry + 1) % ring->entries;
     }
 }
 
@@ -294,70 +297,74 @@ static void fill_table(const submission *s, char *table) {
     if (s->n_jobs) memcpy(table + rows + places, s->jobs, (size_t)s->n_jobs * sizeof(gpu_job));
 }
 
-/* Which streams of the ring a copy has used, and which of them have waited for its table. */
+/* Before a copy's first kernel: its table is on the device, and what was in the caller's stream has run. Fetched by a kernel: a
+ * transfer would stand behind whole entries that other copies move. */
+static gpu_status before_kernels(const submission *s, lmkv_gpu_copy *copy, gpu_stream stream) {
+    const gpu_driver *driver = s->gpu->driver;
+    uint64_t from = (uint64_t)(uintptr_t)copy->host_table;
+    uint32_t words = (uint32_t)((table_bytes(s) + 15) / 16);
+    void *arguments[] = {&copy->table, &from, &words};
+    unsigned threads = 256, blocks = (words + threads - 1) / threads;
+    gpu_status status = driver->launch(s->gpu->fetch, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, NULL);
+    return status ? status : driver->stream_wait(stream, copy->start, 0);
+}
+
+/* What a copy has made of its streams so far. */
 typedef struct {
-    uint32_t used, waited;
-} streams_seen;
+    int begun, staged; /* any kernel, any transfer */
+} progress;
 
-/* The first kernel on a stream comes behind the caller's work and the table; transfers before it need neither. */
-static gpu_status before_kernel(const submission *s, lmkv_gpu_copy *copy, gpu_stream stream, uint32_t bit, streams_seen *seen) {
+static gpu_status submit_piece(const submission *s, const piece *p, lmkv_gpu_copy *copy, staging_ring *ring, progress *made) {
     const gpu_driver *driver = s->gpu->driver;
+    int64_t entry = ring->next;
     gpu_status status = 0;
-    if (seen->waited & bit) return 0;
-    if (seen->waited) {
-        status = driver->stream_wait(stream, copy->ready, 0);
-    } else {
-        status = driver->to_device(copy->table, copy->host_table, table_bytes(s), stream);
-        if (!status) status = driver->stream_wait(stream, copy->start, 0);
-        if (!status) status = driver->event_record(copy->ready, stream);
+    if (p->bytes && (p->merge || !s->into_payloads)) {
+        status = driver->stream_wait(ring->wire, ring->worked[entry], 0);
+        if (!status) status = transfer_piece(s, p, 1, ring->wire);
+        if (!status) status = driver->event_record(ring->moved[entry], ring->wire);
     }
-    seen->waited |= bit;
+    if (!status && !made->begun) status = before_kernels(s, copy, ring->work);
+    made->begun = 1;
+    if (!p->bytes) return status ? status : launch(s, p, copy, ring->work);
+    if (!status) status = driver->stream_wait(ring->work, ring->moved[entry], 0);
+    if (!status) status = launch(s, p, copy, ring->work);
+    if (!status) status = driver->event_record(ring->worked[entry], ring->work);
+    if (!status && s->into_payloads) {
+        status = driver->stream_wait(ring->wire, ring->worked[entry], 0);
+        if (!status) status = transfer_piece(s, p, 0, ring->wire);
+        if (!status) status = driver->event_record(ring->moved[entry], ring->wire);
+    }
+    ring->next = (entry + 1) % ring->entries;
+    made->staged = 1;
     return status;
 }
 
-static gpu_status submit_piece(const submission *s, const piece *p, lmkv_gpu_copy *copy, staging_ring *ring, streams_seen *seen) {
-    gpu_stream stream = ring->streams[ring->next % STREAMS];
-    uint32_t bit = 1u << ring->next % STREAMS;
-    gpu_status status = 0;
-    seen->used |= bit;
-    if (p->bytes && (p->merge || !s->into_payloads)) status = transfer_piece(s, p, 1, stream);
-    if (!status) status = before_kernel(s, copy, stream, bit, seen);
-    if (!status) status = launch(s, p, copy, stream);
-    if (!status && p->bytes && s->into_payloads) status = transfer_piece(s, p, 0, stream);
-    ring->next = (ring->next + 1) % ring->entries;
-    return status;
-}
-
-/* Record an event that has happened once both streams have come so far. */
-static gpu_status join(const submission *s, lmkv_gpu_copy *copy, const staging_ring *ring, uint32_t used, gpu_event event) {
-    const gpu_driver *driver = s->gpu->driver;
-    int64_t last = (ring->next + ring->entries - 1) % STREAMS, other = 1 - last;
-    gpu_status status = 0;
-    if (used >> other & 1) {
-        status = driver->event_record(copy->join, ring->streams[other]);
-        if (!status) status = driver->stream_wait(ring->streams[last], copy->join, 0);
-    }
-    return status ? status : driver->event_record(event, ring->streams[last]);
+/* Record an event that has happened once all that was submitted has run. A load ends with kernels, a store with transfers, each of
+ * which has waited for its kernel and so for all before it: in a group, those on host memory come first. */
+static gpu_status record_all(const submission *s, const staging_ring *ring, const progress *made, gpu_event event) {
+    return s->gpu->driver->event_record(event, s->into_payloads && made->staged ? ring->wire : ring->work);
 }
 
 static gpu_status submit(submission *s, lmkv_gpu_copy *copy, uint64_t caller) {
     const gpu_driver *driver = s->gpu->driver;
     staging_ring *ring = &s->gpu->rings[s->into_payloads];
-    streams_seen seen = {0, 0};
+    progress made = {0, 0};
     place_jobs(s, ring);
     fill_table(s, copy->host_table);
     gpu_status status = driver->event_record(copy->start, (gpu_stream)(uintptr_t)caller);
     int64_t group = 0;
     for (int64_t i = 0; !status && i < s->n_pieces; i++) {
         const piece *p = &s->pieces[i];
-        status = submit_piece(s, p, copy, ring, &seen);
+        s->hurry = !p->bytes || i == 0 || i == s->n_pieces - 1 || (copy->groups > 1 && group == 0);
+        status = submit_piece(s, p, copy, ring, &made);
         if (p->group < 0 || s->into_payloads) continue;
-        for (; !status && group <= p->group; group++) status = join(s, copy, ring, seen.used, copy->group_done[group]);
+        for (; !status && group <= p->group; group++) status = record_all(s, ring, &made, copy->group_done[group]);
     }
-    for (; !status && group < copy->groups; group++) status = join(s, copy, ring, seen.used, copy->group_done[group]);
-    if (!status) status = join(s, copy, ring, seen.used, copy->finished);
+    for (; !status && group < copy->groups; group++) status = record_all(s, ring, &made, copy->group_done[group]);
+    if (!status) status = record_all(s, ring, &made, copy->finished);
     if (status) { /* nothing of it may run on unseen */
-        for (int i = 0; i < STREAMS; i++) driver->stream_sync(ring->streams[i]);
+        driver->stream_sync(ring->wire);
+        driver->stream_sync(ring->work);
     }
     return status;
 }

@@ -66,6 +66,12 @@ __device__ void move(const Row *rows, u32 n_rows, const Place *places, u32 n_pla
     }
 }
 
+/* A copy's table out of pinned host memory, in pieces of 16 bytes. */
+extern "C" __global__ void lmkv_fetch(Vector16 *to, const Vector16 *from, u32 words) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < words) to[i] = from[i];
+}
+
 #define KERNEL(name, type, into)                                                                                          \
     extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2)                                                                \
         name(const Row *rows, u32 n_rows, const Place *places, u32 n_places, const Job *jobs, u32 n_jobs, u32 tiles) {    \

@@ -65,8 +65,9 @@ typedef struct lmkv_gpu_copy lmkv_gpu_copy;
 
 typedef struct {
     int64_t entry_bytes;  /* of one entry of a staging ring; rows of a chunk that are larger make it grow */
-    int64_t entries;      /* of a staging ring, 2 to 16, even */
-    int64_t thread_blocks; /* of a kernel, at most */
+    int64_t entries;      /* of a staging ring, 2 to 16 */
+    int64_t thread_blocks; /* of a kernel that somebody waits for, at most */
+    int64_t beside_blocks; /* of a kernel beside which the wire is in use, at most */
     int64_t threads;       /* in each, 32 to 1024 */
     int64_t direct_bytes; /* copies of at most so many bytes are one kernel on pinned host memory, without staging */
 } lmkv_gpu_options;

@@ -28,7 +28,7 @@ from .rows import Layers, row_table
 
 __all__ = ["calibrate", "calibrated", "tuned"]
 
-_VERSION = 1
+_VERSION = 2
 _lock = threading.Lock()
 _tuned: set[int] = set()
 #: Bytes a token and tokens of the KV that is copied to measure: 64 rows of 1 KiB.

@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,12 +30,14 @@ class GpuOptions:
     Args:
         entry_bytes, entries: of the staging ring in device memory, one a direction.
         thread_blocks, threads: of a kernel: blocks at most, and threads in each.
+        beside_blocks: at most, of a kernel beside which the wire is in use.
         direct_bytes: copies of at most so many bytes are one kernel on pinned host memory, without staging.
     """
 
     entry_bytes: int = 40 << 20
     entries: int = 2
     thread_blocks: int = 132
+    beside_blocks: int = 16
     threads: int = 512
     direct_bytes: int = 256 << 10
 
@@ -134,7 +136,7 @@ class Gpu:
             NativeError: a value is out of range.
         """
         why = _message()
-        values = (options.entry_bytes, options.entries, options.thread_blocks, options.threads, options.direct_bytes)
+        values = astuple(options)
         if native.lib.lmkv_gpu_tune(self._handle, native.ffi.new("lmkv_gpu_options *", values), why, _ROOM):
             raise NativeError(_text(why))
         self.options = options

@@ -240,8 +240,8 @@ def tuning(gpu: Gpu, engine: CopyEngine, table: np.ndarray, slots: Slots, rates:
     chosen = gpu.options
     ways = (("scatter", engine.scatter, rates["up"]), ("gather", engine.gather, rates["down"]))
     tried = {
-        f"{entry}MiB_x{entries}_{blocks}": replace(chosen, entry_bytes=entry << 20, entries=entries, thread_blocks=blocks)
-        for entry, entries, blocks in ((8, 2, 132), (20, 2, 132), (40, 2, 16), (40, 4, 132), (80, 2, 132))
+        f"{entry}MiB_x{entries}_{blocks}": replace(chosen, entry_bytes=entry << 20, entries=entries, beside_blocks=blocks)
+        for entry, entries, blocks in ((8, 2, 16), (20, 2, 16), (40, 2, 132), (40, 4, 16), (80, 2, 16))
     }
     for name, options in (tried | {"by_kernel_alone": replace(chosen, direct_bytes=1 << 40)}).items():
         gpu.tune(options)

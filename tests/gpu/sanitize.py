@@ -39,7 +39,7 @@ def main() -> int:
                 if 32 * i < stop:
                     payload = pool.view(slot)[4096 : 4096 + layout.chunk_bytes]
                     parts.append(Part(payload, 32 * i, 32 * i + 32, 32 * i, min(stop, 32 * i + 32)))
-            for options in (GpuOptions(4096, 2, 7, 64, 0), GpuOptions(), GpuOptions(direct_bytes=1 << 30)):
+            for options in (GpuOptions(4096, 2, 7, 3, 64, 0), GpuOptions(), GpuOptions(direct_bytes=1 << 30)):
                 gpu.tune(options)
                 engine.gather(parts, [blocks]).wait()
                 before = [part.clone() for pair in layers for part in pair]

@@ -260,6 +260,7 @@ API cuEventSynchronize(void *event) {
 }
 
 using Kernel = void (*)(const Row *, u32, const Place *, u32, const Job *, u32, u32);
+using Fetch = void (*)(Vector16 *, const Vector16 *, u32);
 
 API cuModuleLoadData(void **module, const void *) { return *module = (void *)1, OK; }
 API cuModuleGetFunction(void **function, void *, const char *name) {
@@ -269,6 +270,7 @@ API cuModuleGetFunction(void **function, void *, const char *name) {
         {"lmkv_scatter_2", lmkv_scatter_2}, {"lmkv_scatter_4", lmkv_scatter_4}, {"lmkv_scatter_8", lmkv_scatter_8},
         {"lmkv_scatter_16", lmkv_scatter_16},
     };
+    if (!strcmp(name, "lmkv_fetch")) return *function = (void *)lmkv_fetch, OK;
     auto found = kernels.find(name);
     if (found == kernels.end()) return 500;
     *function = (void *)found->second;
@@ -278,17 +280,25 @@ API cuLaunchKernel(void *function, unsigned blocks, unsigned, unsigned, unsigned
                    void **given, void **) {
     LOCKED;
     launches++;
-    auto rows = *(const Row **)given[0];
-    auto places = *(const Place **)given[2];
-    auto jobs = *(const Job **)given[4];
-    u32 n_rows = *(u32 *)given[1], n_places = *(u32 *)given[3], n_jobs = *(u32 *)given[5], tiles = *(u32 *)given[6];
+    std::function<void()> thread;
+    if (function == (void *)lmkv_fetch) {
+        auto to = *(Vector16 **)given[0];
+        auto from = *(const Vector16 **)given[1];
+        u32 words = *(u32 *)given[2];
+        if (!inside(device_memory, (uintptr_t)to, words * 16) || !inside(pinned_memory, (uintptr_t)from, words * 16)) return INVALID;
+        thread = [=] { ((Fetch)function)(to, from, words); };
+    } else {
+        auto rows = *(const Row **)given[0];
+        auto places = *(const Place **)given[2];
+        auto jobs = *(const Job **)given[4];
+        u32 n_rows = *(u32 *)given[1], n_places = *(u32 *)given[3], n_jobs = *(u32 *)given[5], tiles = *(u32 *)given[6];
+        thread = [=] { ((Kernel)function)(rows, n_rows, places, n_places, jobs, n_jobs, tiles); };
+    }
     push(stream, [=] {
         gridDim = {blocks, 1, 1};
         blockDim = {threads, 1, 1};
         for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) {
-                ((Kernel)function)(rows, n_rows, places, n_places, jobs, n_jobs, tiles);
-            }
+            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) thread();
         }
     });
     return OK;

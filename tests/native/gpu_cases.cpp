@@ -13,6 +13,8 @@ extern "C" {
 void emulated_seed(unsigned seed);
 int cuMemAlloc_v2(uint64_t *address, size_t bytes);
 int cuMemFree_v2(uint64_t address);
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream);
+int cuStreamSynchronize(void *stream);
 }
 
 static std::mt19937 dice;
@@ -121,7 +123,7 @@ static int run(lmkv_gpu *gpu, unsigned seed) {
     Case c;
     make_rows(c);
     make_parts(c, (int)any(1, 7));
-    lmkv_gpu_options options = {one_of({4096, 16384, 65536, 1 << 20}), one_of({2, 4}), any(1, 9), one_of({32, 96, 512}),
+    lmkv_gpu_options options = {one_of({4096, 16384, 65536, 1 << 20}), one_of({2, 3, 4}), any(1, 9), any(1, 3), one_of({32, 96, 512}),
                                 one_of({0, 0, 1 << 14, 1 << 30})};
     if (lmkv_gpu_tune(gpu, &options, why, sizeof why)) return fprintf(stderr, "tune: %s\n", why), 1;
     bool pinned = any(0, 4) > 0, into = any(0, 1);
@@ -131,6 +133,8 @@ static int run(lmkv_gpu *gpu, unsigned seed) {
     for (size_t i = 0; i < c.engine.size(); i++) {
         const char *from = (const char *)(uintptr_t)c.engine[i];
         engine.emplace_back(from, from + c.engine_bytes[i]);
+        memset((char *)(uintptr_t)c.engine[i], 0x5A, c.engine_bytes[i]); /* what it holds comes in the caller's stream */
+        if (cuMemcpyHtoDAsync_v2(c.engine[i], engine[i].data(), c.engine_bytes[i], nullptr)) return 1;
     }
     std::vector<char> slots = c.slots;
     reference(c, into, engine, slots);
@@ -149,6 +153,7 @@ static int run(lmkv_gpu *gpu, unsigned seed) {
     }
     if (lmkv_gpu_wait(copy, why, sizeof why)) return fprintf(stderr, "wait: %s\n", why), 1;
     lmkv_gpu_forget(copy);
+    cuStreamSynchronize(nullptr); /* a copy of no tokens waits for nothing */
     int wrong = slots != c.slots;
     for (size_t i = 0; i < c.engine.size(); i++) {
         wrong |= memcmp(engine[i].data(), (const char *)(uintptr_t)c.engine[i], c.engine_bytes[i]) != 0;

@@ -88,7 +88,11 @@ def copies() -> None:
         Part(pool.view(slot)[4096 : 4096 + LAYOUT.chunk_bytes], 32 * i, 32 * i + 32, 32 * i, 32 * i + 32)
         for i, slot in enumerate(slots)
     ]
-    for options in (GpuOptions(4096, 2, 3, 64, 0), GpuOptions(1 << 20, 4, 132, 512, 0), GpuOptions(direct_bytes=1 << 30)):
+    for options in (
+        GpuOptions(4096, 2, 3, 1, 64, 0),
+        GpuOptions(1 << 20, 3, 132, 16, 512, 0),
+        GpuOptions(direct_bytes=1 << 30),
+    ):
         Gpu.of(0).tune(options)
         for part in parts:
             part.payload[:] = bytes(len(part.payload))
@@ -125,7 +129,7 @@ def refusals(engine: CopyEngine, parts: list[Part]) -> None:
         (lambda: engine.gather(parts, [[0, 1, 2, 3, 4, 20]]), "expected a block below 20"),
         (lambda: engine.gather(parts, []), "expected 1 block tables; got 0"),
         (lambda: Gpu(3), "expected a device from 0 to 0; got 3"),
-        (lambda: Gpu.of(0).tune(GpuOptions(threads=7)), "blocks of 32 to 1024 threads"),
+        (lambda: Gpu.of(0).tune(GpuOptions(threads=7)), "of 32 to 1024 threads"),
         (lambda: Gpu.of(0).unpin(4096), "expected the address of a pinned range"),
     ):
         with pytest.raises((ArgumentError, NativeError), match=message):

@@ -62,14 +62,27 @@ def test_random_copies_are_right_whatever_the_streams_do(parts: Path) -> None:
     assert done.stdout == "right: 600\n", done.stderr
 
 
+FREE = "status = driver->stream_wait(ring->wire, ring->worked[entry], 0);\n        if (!status) status = transfer_piece(s, p, "
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("if (used >> other & 1)", "if (0)"),
-        ("status = driver->stream_wait(stream, copy->ready, 0);", "status = 0;"),
-        ("entry = (entry + 1) % ring->entries;", ";"),
+        ("s->into_payloads && made->staged ? ring->wire : ring->work", "ring->work"),
+        ("return status ? status : driver->stream_wait(stream, copy->start, 0);", "return status;"),
+        (FREE + "1,", "status = transfer_piece(s, p, 1,"),
+        ("status = driver->stream_wait(ring->work, ring->moved[entry], 0);", "status = 0;"),
+        (FREE + "0,", "status = transfer_piece(s, p, 0,"),
+        ("if (p->bytes) entry = (entry + 1) % ring->entries;", ";"),
     ],
-    ids=["a stream is not joined", "a kernel does not wait for its table", "two streams in one entry"],
+    ids=[
+        "a store's last transfer",
+        "the caller's stream",
+        "an entry in use",
+        "an entry on its way",
+        "a store's kernels",
+        "an entry at a time",
+    ],
 )
 def test_a_missing_wait_is_found(parts: Path, tmp_path: Path, right: str, wrong: str) -> None:
     for path in (*parts.glob("*.o"), parts / "libcuda.so.1"):
