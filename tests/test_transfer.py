@@ -491,7 +491,7 @@ def test_groups_of_layers_are_small_where_they_are_waited_for(layers: int) -> No
         assert all(a < b for a, b in itertools.pairwise([0, *ends]))
     assert early[0] == 1
     sizes = [b - a for a, b in itertools.pairwise([0, *late])]
-    assert sizes[-1] <= 2
+    assert sizes[-1] == 1
     assert all(size <= 5 * after for size, after in itertools.pairwise(sizes))
 
 

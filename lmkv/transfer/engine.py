@@ -224,12 +224,12 @@ def _early_groups(layers: int) -> npt.NDArray[np.int64]:
 
 
 def _late_groups(layers: int) -> npt.NDArray[np.int64]:
-    """The same for a pass that is quicker than the copy: two layers last, before them eight, …
+    """The same for a pass that is quicker than the copy: one layer last, before it four, …
 
     So a group is computed while the next one, a quarter as large, is brought: in a pass over few tokens a layer takes less than
     a quarter of its KV's time.
     """
-    ends, left, size = [], layers, 2
+    ends, left, size = [], layers, 1
     while left:
         ends.append(left)
         left = 0 if left <= size + size // 4 else left - size
