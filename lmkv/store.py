@@ -395,20 +395,21 @@ class Store:
     # -- the rest --------------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until every committed chunk is in the slow tiers and durable there.
+        """Wait until every committed chunk is in all slow tiers that take it, and durable where these can make it so.
 
         Returns:
-            ``False`` if ``timeout`` seconds were not enough, or a tier can't make it durable now.
+            ``False`` if ``timeout`` seconds were not enough, a tier can't make it durable now, or chunks were given up
+            (``write_dropped``) since a flush that was in time last told of that.
 
         Raises:
             StoreClosedError: the store was closed.
         """
         self._open()
         deadline = None if timeout is None else time.monotonic() + timeout
-        done = True
+        done, told = True, [tier.given_up.told for tier in self._slow]
         for tier in self._slow:
             done = tier.flush(None if deadline is None else max(0.0, deadline - time.monotonic())) and done
-        return done
+        return done and False not in [tier.given_up.none_since(known) for tier, known in zip(self._slow, told, strict=True)]
 
     def clear(self) -> None:
         """Drop every chunk of every tier; other processes on the same disk directory lose theirs too.
@@ -424,6 +425,7 @@ class Store:
                 self._epoch += not cleared
                 for tier in () if cleared else self._slow:
                     tier.writer.drop_oldest(len(tier.writer), "the store was cleared")
+                    tier.given_up.forgive()
                 self._ram.clear()
             for tier in () if cleared else self._slow:
                 tier.clear()

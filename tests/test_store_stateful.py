@@ -48,6 +48,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.leases: list[tuple[lmkv.Lease, list[int], str]] = []
         self.reservations: list[tuple[lmkv.Reservation, list[int], str]] = []
         self.corrupt = 0
+        self.given_up = 0  # events of writes that were, since the last flush, clear or restart
         self.saves = 0  # since the last restart or clear, which would else leave little to find
 
     @initialize(
@@ -73,10 +74,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.reopen()
 
     def reopen(self) -> None:
+        self.given_up = 0
         self.store = lmkv.Store(self.config, self.layout, on_event=self.seen)
 
     def seen(self, event: lmkv.Event) -> None:
         self.corrupt += event.kind in ("corrupt", "tier_failed")
+        self.given_up += event.kind == "write_dropped"
 
     def space(self, tenant: str) -> lmkv.Namespace:
         return self.store.namespace.replace(salt=tenant)
@@ -175,13 +178,15 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.saves > 3)
     @rule()
     def flush(self) -> None:
-        assert self.store.flush(30)
+        assert self.store.flush(30) == (not self.given_up)
+        self.given_up = 0
 
     @precondition(lambda self: self.saves > 15 and not self.leases and not self.reservations)
     @rule()
     def clear(self) -> None:
         self.store.clear()
-        self.store.flush(30)
+        self.given_up = 0
+        assert self.store.flush(30)
         self.stored.clear()
         self.saves = 0
 

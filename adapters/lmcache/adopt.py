@@ -245,27 +245,28 @@ class Adopter:
         begin = held // self._window * self._window
         size = self._origin.chunk_size
         pieces = [tuple(ids[at : at + size].tolist()) for at in range(0, total, size)]
-        new = 0
+        new, kept = 0, True
         try:
             way = self._way(pieces, begin // size)
             if way is None:
                 return Adopted(0, held, f"{self._place.shown} has no chunk of it from token {begin} on")
             numbers = list(way[0].numbers(pieces))
             reason = ""
-            while begin < total and not reason:
+            while begin < total and not reason and kept:
                 stop, reason, layers = self._read(way, numbers, begin, min(begin + self._window, total))
                 if stop > begin:
                     source = DenseKV(layers, first_token=begin)
                     new += self._store.store(ids[:stop], source, start=begin, namespace=namespace)
-                    if flush:
-                        self._store.flush(60.0)
+                    kept = not flush or self._store.flush(60.0)
                 begin = stop
         except BackendUnavailableError as error:
             reason, way = str(error), None
         held = self._store.lookup(ids, namespace=namespace).wait(_WAIT_SECONDS).hit_tokens
-        if held < begin and not reason:
+        if not kept:
+            reason = "the store's slow tiers did not take all of it: its events (write_dropped) say why"
+        elif held < begin and not reason:
             reason = f"the store kept {held} of {begin} tokens: it has no room for more, or keeps no short chunks"
-        return Adopted(new, held, reason if held < total else "", way[0].form.versions if way else "")
+        return Adopted(new, held, reason if held < total or not kept else "", way[0].form.versions if way else "")
 
     def compare(self, tokens: object, *, namespace: Namespace | None = None) -> Compared | None:
         """LMCache's KV of a text's beginning beside what the store has of it: what an engine computed, not what was adopted.

@@ -427,7 +427,7 @@ class LMKVHiCacheStorage(HiCacheStorage):
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all pages are durable in the slow tiers; see :meth:`lmkv.Store.flush`."""
-        return all(pages.flush(timeout) for pages in self._stores())
+        return False not in [pages.flush(timeout) for pages in self._stores()]  # all of them
 
     def close(self) -> None:
         """Write what waits for the slow tiers and release everything; SGLang calls it when it detaches the storage."""

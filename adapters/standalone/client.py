@@ -301,7 +301,7 @@ class StoreClient:
         self._wire.ask("POST", "/v1/clear", {})
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until everything committed is in the service's slow tiers; ``False`` if that took too long."""
+        """Wait until everything committed is in the service's slow tiers; ``False`` as for :meth:`lmkv.Store.flush`."""
         longest = 600.0 if timeout_seconds is None else timeout_seconds
         return bool(self._wire.ask("POST", "/v1/flush", {"timeout_seconds": longest}, patience=longest)["flushed"])
 

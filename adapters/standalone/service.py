@@ -18,6 +18,7 @@ from aiohttp import web
 
 from lmkv.errors import ArgumentError, LMKVError
 from lmkv.events import Event
+from lmkv.tiers.readers import Readers
 
 from ..access import is_loopback
 from . import frames, transfers
@@ -63,6 +64,7 @@ class Service:
         self.stopping = False
         self.fresh: set[object] = set()
         self.executor = ThreadPoolExecutor(options.max_requests + 2, thread_name_prefix="lmkv-standalone")
+        self._flushes = Readers("lmkv-standalone-flush", options.max_requests)  # a stopping service does not wait for these
         self._turns = asyncio.Semaphore(options.max_requests)
         self._running: set[asyncio.Task[Any]] = set()
         self._counts: Counter[str] = Counter()  # of the event loop
@@ -281,22 +283,15 @@ class Service:
         return web.json_response({"cleared": True})
 
     async def flush(self, request: web.Request) -> web.StreamResponse:
-        """Wait until everything committed is on disk."""
+        """Wait until everything committed is in the slow tiers."""
         data = read_json(await self.body(request).read_all(MAX_JSON_BYTES), ("timeout_seconds",))
         seconds = data.get("timeout_seconds")
         seconds = MAX_FLUSH_SECONDS if seconds is None else seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_FLUSH_SECONDS:
             raise ArgumentError(f"expected timeout_seconds from 0 to {MAX_FLUSH_SECONDS:.0f}, or null; got {seconds!r}")
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + float(seconds)
         async with self._turn():
-            while True:  # in steps, so that a stopping service need not wait for it
-                left = max(0.0, deadline - loop.time())
-                step = min(left, 1.0)
-                if await self.in_thread(lambda: self.store.flush(step)):  # noqa: B023  # awaited in this turn of the loop
-                    return web.json_response({"flushed": True})
-                if left <= step:
-                    return web.json_response({"flushed": False})
+            waiting = self._flushes.submit(lambda: self.store.flush(float(seconds)))
+            return web.json_response({"flushed": await asyncio.wrap_future(waiting)})
 
     async def find(self, query: TextQuery, wait_seconds: float) -> Match:
         """The match of a query; tiers that answer late are waited for."""

@@ -31,7 +31,7 @@ from .ram import NewChunk
 from .readers import Readers
 from .speed import ReadSpeed
 from .stats import TierStats
-from .writer import Budget, WriteBehind
+from .writer import Budget, GivenUp, WriteBehind
 
 __all__ = ["SlowTier", "Write"]
 
@@ -89,7 +89,8 @@ class SlowTier:
         self.local = backend if isinstance(backend, LocalIndex) else None
         self.evictions = self.read_chunks = self.written_chunks = 0
         self._moved = {"read": [0, 0.0], "write": [0, 0.0]}  # bytes, seconds
-        self._failures = self._dropped = 0
+        self._failures = 0
+        self.given_up = GivenUp()
         self._uncleared = False
         self._counting = threading.Lock()
         self._release = release
@@ -281,7 +282,7 @@ class SlowTier:
         chunks = [write.node for write in writes if write.node is not None]
         if chunks:
             self._release(chunks)
-            self._dropped += len(chunks)
+            self.given_up.add(len(chunks))
             self._emit("write_dropped", self.name, chunks=len(chunks), reason=reason)
 
     def _write(self, writes: list[Write]) -> None:
@@ -291,7 +292,7 @@ class SlowTier:
             kept = not self._uncleared or self._clear_now()
             self._note_touches()
             if chunks and not (kept and self._guarded("write", lambda: self._store(chunks), False)):
-                self._dropped += len(chunks)
+                self.given_up.add(len(chunks))
                 self._emit("write_dropped", self.name, chunks=len(chunks), reason="the tier failed or has no room")
         finally:
             self._release(nodes)
@@ -395,7 +396,7 @@ class SlowTier:
     # -- the rest --------------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None) -> bool:
-        """Wait until what was committed is in the backend and durable there; whether it is."""
+        """Wait until nothing waits to be written, and make durable what is in the backend; whether both was done in time."""
         if self._touches:
             self.writer.put([Write(None, None)])
         done = self.writer.flush(timeout)
@@ -470,7 +471,7 @@ class SlowTier:
             read_seconds=self._moved["read"][1],
             written_seconds=self._moved["write"][1],
             failures=self._failures,
-            dropped_writes=self._dropped,
+            dropped_writes=self.given_up.count,
             held_back=self._held_back,
         )
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["Budget", "WriteBehind"]
+__all__ = ["Budget", "GivenUp", "WriteBehind"]
 
 Item = TypeVar("Item")
 
@@ -47,6 +47,30 @@ class Budget:
         now = self._clock()
         self._left = min(float(self._rate), self._left + (now - self._seen) * self._rate)
         self._seen = now
+
+
+class GivenUp:
+    """Counts what was given up, and how much of that flushes have told of. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = self.told = 0
+
+    def add(self, n: int) -> None:
+        """So many items more."""
+        with self._lock:
+            self.count += n
+
+    def none_since(self, told: int) -> bool:
+        """Whether nothing came to the first ``told``; that is told from now on."""
+        with self._lock:
+            self.told = self.count
+            return self.count == told
+
+    def forgive(self) -> None:
+        """Nobody has to be told of what was given up so far."""
+        with self._lock:
+            self.told = self.count
 
 
 class WriteBehind(Generic[Item]):

@@ -180,10 +180,10 @@ def test_the_quota_holds_at_every_moment(tmp_path: Path, policy: str, chain_awar
             assert disk_writer.size_of(tmp_path) <= 1 << 20
             assert backend.used_bytes() <= backend.capacity <= 1 << 20
             if number % 10 == 0:
-                assert store.flush(60)
+                assert store._slow[0].flush(60)
                 back = disk_writer.text(5, number - 1 - number % 7)
                 assert known_kv.fetch(store, back) == store.lookup(back).hit_tokens
-        assert store.flush(60)
+        assert store._slow[0].flush(60)
         store._check()
         assert backend.used_bytes() > backend.capacity // 2, "the quota is used"
         assert store.stats().tiers[1].evictions > 100

@@ -87,7 +87,7 @@ def test_a_reader_that_was_killed_holds_no_room(tmp_path: Path) -> None:
                 reader.communicate()
             tokens = disk_writer.text(77, number)
             store.store(tokens, known_kv.source(disk_writer.LAYOUT, tokens))
-            assert store.flush(120)
+            assert store._slow[0].flush(120)
             assert disk_writer.size_of(tmp_path) <= disk_writer.DISK
         store._check()
         kept = store.stats().tiers[1]

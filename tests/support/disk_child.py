@@ -47,7 +47,7 @@ def faulty(directory: str, control_path: str, operations: str, error: str) -> No
     with Store(config, disk_writer.LAYOUT, on_event=events.append) as store:
         for number in range(30):
             _keep(store, 1, number)
-        assert store.flush(60)
+        assert store._slow[0].flush(60)
         events.clear()
         control.fail(**dict.fromkeys(operations.split(","), int(error)))
         for number in range(30, 90):
@@ -89,7 +89,7 @@ def striped(folder: str, control_path: str, operations: str, error: str) -> None
     with Store(config, disk_writer.LAYOUT, on_event=events.append) as store:
         for number in old:
             _keep(store, 1, number)
-            assert store.flush(60)
+            assert store._slow[0].flush(60)
         before = found(store, old)
         events.clear()
         control.fail(**dict.fromkeys(operations.split(","), int(error)))
@@ -104,12 +104,12 @@ def striped(folder: str, control_path: str, operations: str, error: str) -> None
             stripe._until = 0.0  # what it waits for is over
         for number in (*old, *new):
             _keep(store, 1, number)
-            assert store.flush(60)
+            assert store._slow[0].flush(60)
         after = found(store, old)
         evicted = store.stats().tiers[1].evictions
         for number in range(60, 400):  # the mirror has forgotten nothing: eviction goes on
             _keep(store, 1, number)
-            assert store.flush(60)
+            assert store._slow[0].flush(60)
         assert store.stats().tiers[1].evictions > evicted
         store._check()
     assert disk_writer.size_of(places) <= 3 * disk_writer.DISK
@@ -126,7 +126,7 @@ def logged(directory: str, seed: str, texts: str, log: str) -> None:
         for number in range(int(texts)):
             _keep(store, int(seed), number)
             if number % 7 == 6:
-                assert store.flush(60)
+                assert store._slow[0].flush(60)
                 marks.append([os.path.getsize(log), number + 1])
     print(json.dumps(marks))
 

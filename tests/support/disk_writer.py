@@ -92,7 +92,7 @@ def threads(directory: str, seed: int, texts: int) -> None:
         worker.join()
     if errors:
         raise errors[0]
-    assert store.flush(120)
+    assert store._slow[0].flush(120)
     stats = store.stats()
     store.close()
     assert not [event for event in events if event.kind in ("corrupt", "tier_failed", "tier_disabled")], events

@@ -132,7 +132,7 @@ def test_a_disk_that_fails_costs_hits_and_no_room(tmp_path: Path, register: Call
         connection.fails = lambda operation, number: True
         for i in range(8):
             save(store, list(range(i * 100, i * 100 + 48)))
-        assert store.flush(60)
+        assert not store.flush(60)
         assert in_ram(store) == (0, 0)
         assert sum(int(str(e.detail["chunks"])) for e in events if e.kind == "write_dropped") == 24
         assert known_kv.fetch(store, list(range(48)), store.lookup(list(range(48))).wait(5)) == 0

@@ -195,7 +195,7 @@ def test_a_full_queue_drops_the_oldest_with_an_event(tmp_path: Path, register: C
         for i in range(6):
             tokens = list(range(i * 100, i * 100 + 48))
             store.store(tokens, known_kv.source(LAYOUT, tokens))
-        assert store.flush(60)
+        assert not store.flush(60)
         dropped = [event for event in events if event.kind == "write_dropped"]
         assert dropped
         assert "more than 4 chunks were waiting" in str(dropped[0].detail["reason"])
@@ -284,3 +284,34 @@ def test_what_is_being_replaced_while_it_is_read_stays(
         assert known_kv.fetch(store, tokens) == 0, "a read that fails is a miss"
         assert backend.count() == left, "only what can't be read again either goes, so that it is written anew"
         assert known_kv.fetch(store, tokens) == (70 if left else 0)
+
+
+def test_flush_says_so_once_where_chunks_were_given_up(register: Callable[[str, str, str], None]) -> None:
+    register("lmkv.backends", "flaky", "remotes:flaky")
+    server = remotes.new_server()
+    with open_store(None, tiers=(lmkv.TierConfig("flaky", options={"server": server}),), breaker_failures=1000) as store:
+        connection = remotes.CONNECTIONS[server]
+
+        def given_up(number: int, *, clear: bool = False) -> None:
+            connection.fails = lambda operation, number: operation == "write_many"
+            store.store([number] * 40, known_kv.source(LAYOUT, [number] * 40))
+            assert store._slow[0].writer.flush(60)
+            if clear:
+                store.clear()
+            connection.fails = lambda operation, number: False
+
+        given_up(1)
+        assert not store.flush(60), "the tier never got them"
+        assert store.flush(60), "that was told"
+        given_up(2)
+        keep_waiting = store._slow[0].writer
+        with keep_waiting._changed:  # busy, as far as a flush can see
+            keep_waiting._busy = 1
+        assert not store.flush(0.01)
+        with keep_waiting._changed:
+            keep_waiting._busy = 0
+        assert not store.flush(60), "one that was not in time has told of nothing"
+        given_up(3, clear=True)
+        assert store.flush(60), "what was cleared need not be there"
+        keep(store, [4] * 40)
+        assert store.stats().tiers[1].dropped_writes == 9
