@@ -16,8 +16,9 @@ __all__ = ["KINDS", "Event", "EventSink"]
 #: Every kind of event and what its ``detail`` holds.
 KINDS: Mapping[str, str] = {
     "stored": "chunks became visible in a tier; chunks, tokens, bytes",
-    "loaded": "chunks came from a slow tier into slots; chunks, tokens, bytes, seconds",
+    "loaded": "chunks came from a slow tier into slots; chunks, tokens, bytes, seconds, keys",
     "evicted": "a tier made room; chunks, and of the RAM tier their keys",
+    "let_go": "chunks left RAM though no room was needed: nothing keeps them, or a longer one has their tokens; chunks, keys",
     "load_failed": "a chunk that was found could not be read: a miss; key, reason",
     "corrupt": "a record failed its checks and was deleted: a miss; key, reason",
     "write_dropped": "chunks were not written to a slow tier; chunks, reason",

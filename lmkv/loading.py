@@ -240,14 +240,16 @@ class Loader:
             for chunk in batch:
                 del self._under_way[chunk.key]
             self._ram.pool.release([chunk.slot for chunk, ok in zip(batch, there, strict=True) if not ok])
-            for node, _ in self._ram.commit(good):
+            came = [node for node, _ in self._ram.commit(good)]
+            for node in came:
                 node.origin = trip.tier.name
             size = self._bytes(good)
             trip.arrived(size)
         if good:
             tokens = size // self._ram.layout.token_bytes
             seconds = time.monotonic() - trip.begun
-            self._emit("loaded", trip.tier.name, chunks=len(good), tokens=tokens, bytes=size, seconds=seconds)
+            keys = tuple(node.key for node in came)
+            self._emit("loaded", trip.tier.name, chunks=len(good), tokens=tokens, bytes=size, seconds=seconds, keys=keys)
         done.set_result(None)
 
     def _bytes(self, chunks: Sequence[NewChunk]) -> int:

@@ -180,7 +180,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
     def take_events(self) -> Iterable[Any]:
         """See vLLM's base class."""
         published = self._control.published
-        return published.take() if published is not None else ()
+        return published.take(self._control.store) if published is not None else ()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Counts of the scheduler's half, which knows of all copies."""

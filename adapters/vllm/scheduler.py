@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from ...chunks import Namespace
 from ...errors import LMKVError
 from ...events import Event
 from ...handles import Lease, Reservation
@@ -152,13 +153,20 @@ class SchedulerHalf:
         namespace = None
         why = self.refusal or refusal(request)
         if self.store is not None and not why:
-            namespace = namespace_of(self.store.namespace, request, wishes, self._adapters)
+            namespace = self._namespace(request, wishes)
         state = self._requests[request.request_id] = RequestState(request, namespace, wishes)
         if why:
             self._bypass(state, why)
         for key in wishes.unknown:
             logger.warning("LMKV: request %s: unknown key or value: %r in kv_transfer_params", state.id, key)
         return state
+
+    def _namespace(self, request: Any, wishes: Any) -> Namespace:
+        assert self.store is not None
+        namespace = namespace_of(self.store.namespace, request, wishes, self._adapters)
+        if self.published is not None and request.lora_request is not None:
+            self.published.named(namespace.root, request.lora_request.lora_name)
+        return namespace
 
     def _bypass(self, state: RequestState, why: str) -> None:
         self.counts.bypassed(why)
@@ -409,8 +417,7 @@ class SchedulerHalf:
             logger.warning("LMKV: what was copied can't be kept: %s", error)
             return 0
         if self.published is not None:
-            lora = state.request.lora_request
-            self.published.stored(reservation, None if lora is None else lora.lora_name)
+            self.published.stored(reservation)
         return stored
 
     def finished(self, request: Any) -> bool:
@@ -451,11 +458,11 @@ class SchedulerHalf:
     def reset(self) -> bool:
         """Forget everything; what comes is kept under other names, since vLLM's weights may have been changed."""
         if self.store is not None:
-            base = self.store.namespace = self.store.namespace.replace(extra=f"{self._extra};reset={uuid.uuid4().hex}")
+            self.store.namespace = self.store.namespace.replace(extra=f"{self._extra};reset={uuid.uuid4().hex}")
             for state in self._requests.values():
                 self._drop_filling(state)
                 anew = state.namespace is not None and not state.request.num_computed_tokens
-                state.begin_anew(namespace_of(base, state.request, state.wishes, self._adapters) if anew else None)
+                state.begin_anew(self._namespace(state.request, state.wishes) if anew else None)
             for filling in (record.hold for record in self._copies.values() if isinstance(record.hold, Filling)):
                 filling.failed = True
             self.store.clear()

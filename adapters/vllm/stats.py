@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ...chunks import TOKEN_BYTES
+from ...chunks import TOKEN_BYTES, ChunkKey
 from ...events import Event
 from ...handles import Reservation
+
+if TYPE_CHECKING:
+    from ...store import Store
 
 __all__ = ["Counts", "Published", "rate"]
 
@@ -68,56 +72,77 @@ class Counts:
 
 
 class Published:
-    """KV events of the RAM tier, one block a chunk, as vLLM publishes its own (``kv_events_config``)."""
+    """KV events of what is in RAM, one block a chunk, as vLLM publishes its own (``kv_events_config``).
+
+    What came is looked up in RAM when vLLM takes the events: the store tells of it from several threads, so that word of a
+    chunk's end may come before word of its beginning, which nobody would take back any more.
+    """
+
+    #: Namespaces of LoRA adapters whose names are remembered.
+    MOST_NAMES = 4096
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[Any] = []
+        self._waiting: list[tuple[str, Sequence[ChunkKey]]] = []
+        self._names: dict[ChunkKey, str] = {}
 
-    def stored(self, reservation: Reservation, lora: str | None) -> None:
+    def named(self, root: ChunkKey, lora: str) -> None:
+        """Chunks of the namespace of that root are of that LoRA adapter."""
+        self._names[root] = lora
+        while len(self._names) > self.MOST_NAMES:
+            del self._names[next(iter(self._names))]
+
+    def stored(self, reservation: Reservation) -> None:
         """Chunks became visible."""
-        from vllm.distributed.kv_events import BlockStored
-
-        found = []
-        for chunk in reservation.chunks:
-            tokens = memoryview(chunk.piece).cast("I").tolist()
-            found.append(
-                BlockStored(
-                    block_hashes=[chunk.key],
-                    parent_block_hash=chunk.parent if chunk.start else None,
-                    token_ids=tokens,
-                    block_size=len(chunk.piece) // TOKEN_BYTES,
-                    lora_id=None,
-                    medium="CPU",
-                    lora_name=lora,
-                )
-            )
-        with self._lock:
-            self._waiting.extend(found)
+        self._add("came", [chunk.key for chunk in reservation.chunks])
 
     def event(self, event: Event) -> None:
-        """Listen to the store: chunks that left the RAM tier."""
-        if event.kind != "evicted" or event.tier != "ram":
-            return
-        from vllm.distributed.kv_events import BlockRemoved
-
+        """Listen to the store: chunks that came into RAM from slow tiers, and that left it."""
         keys = event.detail.get("keys")
-        if isinstance(keys, tuple):
-            with self._lock:
-                self._waiting.append(BlockRemoved(block_hashes=list(keys), medium="CPU"))
+        if isinstance(keys, tuple) and (event.kind == "loaded" or event.tier == "ram"):
+            self._add("came" if event.kind == "loaded" else "gone", keys)
 
     def cleared(self) -> None:
         """Everything was forgotten."""
-        from vllm.distributed.kv_events import AllBlocksCleared
+        self._add("cleared", ())
 
+    def _add(self, what: str, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
-            self._waiting.append(AllBlocksCleared())
+            self._waiting.append((what, keys))
 
-    def take(self) -> list[Any]:
+    def take(self, store: Store | None) -> list[Any]:
         """The events since the last call."""
+        from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
+
         with self._lock:
-            taken, self._waiting = self._waiting, []
-        return taken
+            waiting, self._waiting = self._waiting, []
+        events: list[Any] = []
+        for what, keys in waiting:
+            if what == "cleared":
+                events.append(AllBlocksCleared())
+            elif what == "gone":
+                events.append(BlockRemoved(block_hashes=list(keys), medium="CPU"))
+            elif store is not None:
+                events.extend(self._in_ram(store, keys))
+        return events
+
+    def _in_ram(self, store: Store, keys: Sequence[ChunkKey]) -> Iterator[Any]:
+        from vllm.distributed.kv_events import BlockStored
+
+        ram = store._ram
+        with store._lock:
+            nodes = [node for node in map(ram.index.get, keys) if node is not None]
+            places = [(node, ram.start_of(node.slot), ram.root_of(node.slot), node.parent) for node in nodes]
+        for node, start, root, parent in places:
+            yield BlockStored(
+                block_hashes=[node.key],
+                parent_block_hash=parent.key if start and parent is not None else None,
+                token_ids=memoryview(node.tokens).cast("I").tolist(),
+                block_size=len(node.tokens) // TOKEN_BYTES,
+                lora_id=None,
+                medium="CPU",
+                lora_name=None if root is None else self._names.get(root),
+            )
 
 
 def rate(size: int, seconds: float) -> tuple[float, float, float]:

@@ -172,6 +172,7 @@ class RamTier:
 
     def let_go(self, nodes: Sequence[Node]) -> None:
         """Take one pin off each chunk. One without pins goes at once where RAM keeps nothing, or was cleared meanwhile."""
+        gone: list[ChunkKey] = []
         for node in nodes:
             node.pins -= 1
             if node.pins:
@@ -180,6 +181,12 @@ class RamTier:
                 self.pool.release((self._detached.pop(id(node)),))
             elif not self.keeps:
                 self.drop(node)
+                gone.append(node.key)
+        self._tell_gone(gone)
+
+    def _tell_gone(self, keys: Sequence[ChunkKey]) -> None:
+        if keys:
+            self._emit("let_go", self.name, chunks=len(keys), keys=tuple(keys))
 
     def drop(self, node: Node) -> None:
         """Hold a chunk no longer and free its slot. Its pins must be gone."""
@@ -216,12 +223,15 @@ class RamTier:
         for node, _ in done if self.policy.newest_first else reversed(done):
             insert(node.key)
         self._index_content([chunk for _, chunk in done])
+        gone: list[ChunkKey] = []
         for node, chunk in done:
             if node.parent is None or isinstance(node.parent.children, Node):
                 continue  # an only child makes nobody redundant
             for sibling in index.covered_siblings(chunk.parent, chunk.piece):
                 if sibling.pins == 0 and sibling.children is None:
                     self.drop(sibling)
+                    gone.append(sibling.key)
+        self._tell_gone(gone)
         return done
 
     def touch(self, nodes: Sequence[Node]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from engines import text
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
+from lmkv import Store
 from lmkv.adapters.vllm.metrics import LMKVStats
 
 
@@ -79,6 +81,51 @@ def test_what_is_told_of_reuse(engine_of: Callable[..., Any], monkeypatch: pytes
     assert engine.llm.reset_prefix_cache(reset_connector=True)
     engine.ask([text(10, seed=3)])
     assert any(isinstance(event, AllBlocksCleared) for event in seen)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_whoever_follows_the_kv_events_knows_what_is_in_ram(
+    kept: bool, tmp_path: Path, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "worthwhile", lambda self, match, speed: match)
+    settings = {
+        "ram_capacity": "1MiB",
+        "ram_extent": "1MiB",
+        "ram_cache": kept,
+        "disk_path": str(tmp_path),
+        "disk_capacity": "64MiB",
+    }
+    engine = engine_of(
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+        connector={f"lmkv.{name}": value for name, value in settings.items()},
+    )
+    known: dict[bytes, BlockStored] = {}
+    real = type(engine.connector).take_events
+
+    def take(self: Any) -> list[Any]:
+        taken = list(real(self))
+        for event in taken:
+            if isinstance(event, BlockStored):
+                known[event.block_hashes[0]] = event
+            for key in event.block_hashes if isinstance(event, BlockRemoved) else ():
+                known.pop(key, None)
+        return taken
+
+    monkeypatch.setattr(type(engine.connector), "take_events", take)
+    prompts = [text(200, seed=seed) for seed in range(10, 20)]  # more than there is room for
+    for prompt in (*prompts, *prompts, [*prompts[-1], *text(20, seed=2)]):
+        engine.ask([prompt])
+        engine.settle()
+        assert engine.store.flush(60)
+        engine.connector.take_events()
+        index = engine.store._ram.index
+        assert set(known) == {node.key for node in index}
+        for key, event in known.items():
+            node = index.get(key)
+            assert event.token_ids == memoryview(node.tokens).cast("I").tolist()
+            assert event.parent_block_hash == (node.parent.key if len(index.chain(node)) > 1 else None)
+    assert engine.metric("hit_tokens_total") >= 1800, "most came back from the disk"
+    assert bool(known) == kept
 
 
 def test_intervals_add_up() -> None:
