@@ -25,6 +25,7 @@ __all__ = [
     "Entry",
     "LocalIndex",
     "ReadOnly",
+    "Renewing",
     "Syncing",
     "shown_url",
 ]
@@ -190,6 +191,15 @@ class ReadOnly(Protocol):
     """A backend that a tier writes nothing to and deletes nothing from."""
 
     read_only: bool
+
+
+@runtime_checkable
+class Renewing(Protocol):
+    """A :class:`Bounded` backend that may find other entries, numbered anew, in place of those it had, as when its directory
+    was removed and made again."""
+
+    #: How often that happened.
+    generation: int
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from ..chunks import ChunkKey
 from ..errors import BackendUnavailableError, CapacityError, ConfigError, LMKVError, StoreClosedError
 from ..record import RecordHeader, read_header
 from .base import BackendSettings, Entry
-from .disk.directory import Directory, Settings, close_directory, open_directory
+from .disk.directory import Directory, ReplacedError, Settings, close_directory, open_directory
 from .disk.index import RecordIndex
 
 __all__ = ["LmdbBackend"]
@@ -92,11 +93,11 @@ class LmdbBackend:
         if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not ttl >= 0:
             raise ConfigError(f"tier {settings.name}: ttl_seconds: expected a number of at least 0; got {ttl!r}")
         self._ttl = ttl
-        self._directory: Directory = open_directory(_settings(settings))
-        shares = self._directory.plan
-        self.capacity = shares.segments * shares.geometry.segment_slots * shares.geometry.slot_bytes
-        self._most_records = shares.records
-        self._geometry = shares.geometry
+        self._use(open_directory(_settings(settings)))
+        #: See :class:`lmkv.backends.base.Renewing`.
+        self.generation = 0
+        self._gone: list[Directory] = []  # whose files were replaced; somebody may still be in them
+        self._renewing = threading.Lock()
         self._closed = False
         self._refused = 0
         self._look_again = 0.0
@@ -105,15 +106,48 @@ class LmdbBackend:
         """See :class:`lmkv.backends.base.Backend`."""
         if self._closed:
             return
-        self._closed = True
-        close_directory(self._directory)
+        with self._renewing:
+            self._closed = True
+        for directory in (*self._gone, self._directory):
+            close_directory(directory)
+
+    def _use(self, directory: Directory) -> None:
+        self._directory = directory
+        shares = directory.plan
+        self.capacity = shares.segments * shares.geometry.segment_slots * shares.geometry.slot_bytes
+        self._most_records = shares.records
+        self._geometry = shares.geometry
+
+    def _renew(self, old: Directory) -> None:
+        """Go on with what is at the path of a directory that was removed or made anew.
+
+        Raises:
+            BackendUnavailableError: it can't be opened.
+        """
+        with self._renewing:
+            if self._closed or self._directory is not old or not old.may_be_made():
+                return
+            try:
+                fresh = open_directory(old.settings)
+            except LMKVError as error:
+                raise BackendUnavailableError(f"expected to open {old.settings.path}, which was replaced: {error}") from error
+            self._use(fresh)
+            self._gone.append(old)
+            self.generation += 1
+        if old.files is not None:
+            old.files.let_go()  # what nobody can find any more need not take room
 
     @contextlib.contextmanager
     def _begin(self, *, write: bool = False) -> Iterator[Any]:
         if self._closed:
             raise StoreClosedError(f"expected an open environment at {self._directory.settings.path}; it was closed")
-        with self._directory.begin(write) as txn:
-            yield txn
+        directory = self._directory
+        try:
+            with directory.begin(write) as txn:
+                yield txn
+        except ReplacedError:
+            self._renew(directory)
+            raise  # what is being done may have begun in the old one
 
     @property
     def _index(self) -> RecordIndex:
@@ -171,13 +205,19 @@ class LmdbBackend:
             count = self._index.count(txn) + len(keys)
         if count > self._most_records:
             raise CapacityError(f"expected at most {self._most_records} records; {count} would be held")
-        slots = self._directory.slots
+        directory = self._directory
+        slots, files = directory.slots, directory.files
+        assert files is not None
         places = slots.reserve([self._geometry.slots(len(piece)) for piece in data])
         try:
-            self._files.write([(runs, piece.cast("B")) for runs, piece in zip(places, data, strict=True)])
+            files.write([(runs, piece.cast("B")) for runs, piece in zip(places, data, strict=True)])
             now = max(0, min(int(time.time()), 2**32 - 1))  # whatever the clock says
 
             def enter(txn: Any) -> None:
+                if directory is not self._directory:
+                    raise BackendUnavailableError(
+                        f"expected the files that were written; {directory.settings.path} was made anew"
+                    )
                 if not self._index.are_free(txn, [run for runs in places for run in runs]):
                     raise CapacityError("expected the slots that were written to be free; their segment was taken away")
                 for key, header, piece, runs, floor in zip(keys, headers, data, places, floors, strict=True):

@@ -139,6 +139,11 @@ class StripedBackend:
         if hasattr(self, "_queue"):
             self._queue.close()
 
+    @property
+    def generation(self) -> int:
+        """See :class:`lmkv.backends.base.Renewing`."""
+        return sum(stripe.backend.generation for stripe in self._stripes)
+
     # -- asking directories ----------------------------------------------------------------------------------------------
 
     def _try(self, stripe: _Stripe, operation: str, call: Callable[[LmdbBackend], Result]) -> Result | None:

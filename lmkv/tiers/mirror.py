@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 
 import numpy as np
 
-from ..backends.base import Bounded
+from ..backends.base import Bounded, Renewing
 from ..chunks import ChunkKey
 from ..eviction.base import EvictionPolicy
 from ..eviction.chain import ChainTable
@@ -44,12 +44,18 @@ class Mirror:
         self.policy: EvictionPolicy = ByPriority(self._make_policy, lambda key: self._priorities.get(key, 0), links)
         self.content = ContentIndex()
         self._seen = 0
+        self._generation = self._backends_generation()
         self._next = 0
         self._numbers: dict[ChunkKey, tuple[int, int]] = {}  # key -> number in the content index, fingerprint
         self._by_number: dict[int, tuple[ChunkKey, ChunkKey, int]] = {}  # number -> key, root, start
 
+    def _backends_generation(self) -> int:
+        return self._backend.generation if isinstance(self._backend, Renewing) else 0
+
     def sync(self) -> None:
         """Catch up with what this and other processes wrote and touched."""
+        if self._generation != self._backends_generation():
+            self.reset()
         for entry in self._backend.entries(self._seen):
             self._seen = entry.sequence
             if entry.key in self.policy:

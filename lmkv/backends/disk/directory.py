@@ -27,6 +27,7 @@ from .slots import Slots
 __all__ = [
     "FORMAT",
     "Directory",
+    "ReplacedError",
     "Settings",
     "close_directory",
     "is_open",
@@ -71,6 +72,10 @@ class Settings:
     ahead: bool = True
 
 
+class ReplacedError(BackendUnavailableError):
+    """The files that were opened are not the ones at the path any more."""
+
+
 @contextlib.contextmanager
 def translated(what: str) -> Iterator[None]:
     """LMDB's errors as LMKV's."""
@@ -102,6 +107,7 @@ class Directory:
         self._checking: threading.Thread | None = None
         self._ending = threading.Event()
         self.env = self._environment()
+        self._opened = self._there()
         self.files: SegmentFiles | None = None
         try:
             self.env.reader_check()
@@ -327,6 +333,29 @@ class Directory:
             with contextlib.suppress(CapacityError), self.begin(True) as txn:
                 txn.put(b"capacity", mine, db=self.index.meta)
 
+    # -- whether it is still there ---------------------------------------------------------------------------------------
+
+    def _there(self) -> tuple[int, int] | None:
+        """Device and number of the file that the index lies in; ``None`` where none is."""
+        try:
+            state = os.stat(os.path.join(self.settings.path, "data.mdb"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return state.st_dev, state.st_ino
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the directory was removed since it was opened, or made anew."""
+        return self._there() != self._opened
+
+    def may_be_made(self) -> bool:
+        """Whether one at the path is of LMKV's, or can be made where the old one was: not under a device that went away."""
+        path = self.settings.path
+        if self._there() is not None or self._opened is None:
+            return True
+        where = path if os.path.exists(path) else os.path.dirname(path)
+        return os.path.exists(where) and os.stat(where).st_dev == self._opened[0]
+
     # -- use -------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -339,6 +368,11 @@ class Directory:
                 f"expected a whole index at {self.settings.path}; its pages do not hang together: {self._damage}. "
                 "Delete its data.mdb"
             )
+        with translated("look for the index"):
+            if self.replaced:
+                raise ReplacedError(
+                    f"expected the files that were opened in {self.settings.path}; they were removed or made anew"
+                )
         with translated("use the index"), self.env.begin(write=write, buffers=True) as txn:
             yield txn
 
@@ -393,7 +427,7 @@ def open_directory(settings: Settings) -> Directory:
         )
     with _registry_lock:
         found = _registry.get(settings.path)
-        if found is None:
+        if found is None or found.replaced:
             try:
                 found = _registry[settings.path] = Directory(settings)
             except BackendUnavailableError as error:
@@ -437,5 +471,6 @@ def close_directory(directory: Directory) -> None:
             return
         directory.users -= 1
         if not directory.users:
-            del _registry[directory.settings.path]
+            if _registry.get(directory.settings.path) is directory:
+                del _registry[directory.settings.path]
             directory.close()

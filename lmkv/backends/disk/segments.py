@@ -13,6 +13,7 @@ import re
 import stat
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -100,6 +101,8 @@ class SegmentFiles:
         self._path = path
         self._ident = ident
         self._fds: dict[int, int] = {}
+        self._uses: Counter[int] = Counter()  # by descriptor
+        self._ended: set[int] = set()  # descriptors to close once nobody uses them
         self._lock = threading.Lock()
         self._queue = IoQueue("lmkv-disk-io", depth)
 
@@ -123,55 +126,102 @@ class SegmentFiles:
         page = mmap.mmap(-1, PAGE)
         return os.preadv(fd, [page], 0) == PAGE and page[:] == self._header(number)
 
-    def _reader(self, number: int) -> int | None:
-        """The descriptor to read a segment by; ``None`` if there is no such segment any more."""
-        with self._lock:
-            fd = self._fds.get(number)
-            if fd is not None:
-                return fd
-            try:
-                fd = self._open(number, _OPEN)
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ELOOP):
-                    return None
-                raise
-            if not self._checked(number, fd):
-                os.close(fd)
-                return None
-            self._fds[number] = fd
-            return fd
+    def _known(self, number: int) -> int | None:
+        """The descriptor that is kept for a segment; ``None`` if there is none, or its file was removed behind our back."""
+        fd = self._fds.get(number)
+        if fd is not None and os.fstat(fd).st_nlink != 1:
+            self._end(number)
+            return None
+        return fd
 
-    def make(self, number: int) -> int:
-        """Have a segment's file there, with all its bytes allocated; returns its descriptor. What is in its slots stays.
+    def _end(self, number: int) -> None:
+        """Keep a segment's descriptor no longer. Nobody may find its number to be another file's while he uses it."""
+        fd = self._fds.pop(number, None)
+        if fd is not None and self._uses[fd]:
+            self._ended.add(fd)
+        elif fd is not None:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _used(self, number: int, find: Callable[[int], int | None]) -> Iterator[int | None]:
+        """What ``find`` gives, which stays open meanwhile."""
+        with self._lock:
+            fd = find(number)
+            if fd is not None:
+                self._uses[fd] += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                if fd is not None:
+                    self._uses[fd] -= 1
+                    if not self._uses[fd]:
+                        del self._uses[fd]
+                        if fd in self._ended:
+                            self._ended.discard(fd)
+                            os.close(fd)
+
+    def _to_read(self, number: int) -> int | None:
+        """The descriptor to read a segment by; ``None`` if there is no such segment any more. Under the lock."""
+        fd = self._known(number)
+        if fd is not None:
+            return fd
+        try:
+            fd = self._open(number, _OPEN)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                return None
+            raise
+        if not self._checked(number, fd):
+            os.close(fd)
+            return None
+        self._fds[number] = fd
+        return fd
+
+    def make(self, number: int) -> None:
+        """Have a segment's file there, with all its bytes allocated. What is in its slots stays.
 
         Raises:
-            OSError: the file system has no room or refuses.
+            OSError: the file system has no room or refuses, or the file is another directory's.
         """
         with self._lock:
-            fd = self._fds.get(number)
-            if fd is not None:
-                if os.fstat(fd).st_nlink == 1:
-                    return fd
-                os.close(self._fds.pop(number))  # removed behind our back
-            path = self._file(number)
-            with contextlib.suppress(FileNotFoundError):
-                state = os.lstat(path)
-                if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
-                    os.unlink(path)  # a link would lead out of the directory
-            fd = self._open(number, _OPEN | os.O_CREAT)
-            try:
-                if not self._checked(number, fd):
-                    self._allocate(fd)
-                    page = mmap.mmap(-1, PAGE)
-                    page[:] = self._header(number)
-                    _whole(fd, os.pwritev, [memoryview(page)], 0)
-                    os.fsync(fd)
-                    self._sync_directory()
-            except BaseException:
-                os.close(fd)
-                raise
-            self._fds[number] = fd
+            self._to_write(number)
+
+    def _to_write(self, number: int) -> int:
+        """The descriptor to write a segment by. Under the lock."""
+        fd = self._known(number)
+        if fd is not None:
             return fd
+        path = self._file(number)
+        with contextlib.suppress(FileNotFoundError):
+            state = os.lstat(path)
+            if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
+                os.unlink(path)  # a link would lead out of the directory
+        fd = self._open(number, _OPEN | os.O_CREAT)
+        try:
+            if not self._checked(number, fd):
+                self._refuse_others(number, fd)
+                self._allocate(fd)
+                page = mmap.mmap(-1, PAGE)
+                page[:] = self._header(number)
+                _whole(fd, os.pwritev, [memoryview(page)], 0)
+                os.fsync(fd)
+                self._sync_directory()
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[number] = fd
+        return fd
+
+    def _refuse_others(self, number: int, fd: int) -> None:
+        """A directory that was made anew at this path meanwhile has segments of its own."""
+        page = mmap.mmap(-1, PAGE)
+        if os.preadv(fd, [page], 0) < PAGE:
+            return
+        magic, *_, ident = _HEADER.unpack_from(page)
+        whole = page[_HEADER.size : _HEADER.size + 8] == struct.pack("<Q", xxhash.xxh3_64_intdigest(page[: _HEADER.size]))
+        if magic == _MAGIC and whole and ident != self._ident:
+            raise OSError(errno.ESTALE, f"{segment_name(number)} is another directory's, which was made here meanwhile")
 
     def _allocate(self, fd: int) -> None:
         size = self.geometry.segment_bytes
@@ -190,18 +240,24 @@ class SegmentFiles:
     def remove(self, number: int) -> None:
         """Delete a segment's file."""
         with self._lock:
-            fd = self._fds.pop(number, None)
-            if fd is not None:
-                os.close(fd)
+            self._end(number)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._file(number))
+
+    def let_go(self) -> None:
+        """Close the files that nobody uses now, the others afterwards."""
+        with self._lock:
+            for number in list(self._fds):
+                self._end(number)
 
     def close(self) -> None:
         """Close the files."""
         self._queue.close()
         with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+            for fd in (*self._fds.values(), *self._ended):
+                os.close(fd)
+            self._fds.clear()
+            self._ended.clear()
 
     # -- records ---------------------------------------------------------------------------------------------------------
 
@@ -226,7 +282,9 @@ class SegmentFiles:
                 self.make(number)
             self._queue.run([lambda pair=pair: self._write(*pair) for pair in records])  # type: ignore[misc]
             for number in numbers:
-                os.fdatasync(self.make(number))
+                with self._used(number, self._to_write) as fd:
+                    assert fd is not None
+                    os.fdatasync(fd)
 
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
@@ -246,20 +304,17 @@ class SegmentFiles:
 
     def _read(self, runs: Sequence[Run], out: memoryview) -> bool:
         for number, offset, piece in self._parts(runs, out):
-            fd = self._reader(number)
-            if fd is None:
-                return False
-            if not self.direct:
-                whole = _whole(fd, os.preadv, [piece], offset) == len(piece)
-            elif _address(piece) % PAGE:
-                whole = all(
-                    self._read_copied(fd, piece[at : at + _BOUNCE], offset + at) for at in range(0, len(piece), _BOUNCE)
-                )
-            else:
-                whole = self._read_aligned(fd, piece, offset)
-            if not whole:
-                return False
+            with self._used(number, self._to_read) as fd:
+                if fd is None or not self._read_piece(fd, piece, offset):
+                    return False
         return True
+
+    def _read_piece(self, fd: int, piece: memoryview, offset: int) -> bool:
+        if not self.direct:
+            return _whole(fd, os.preadv, [piece], offset) == len(piece)
+        if _address(piece) % PAGE:
+            return all(self._read_copied(fd, piece[at : at + _BOUNCE], offset + at) for at in range(0, len(piece), _BOUNCE))
+        return self._read_aligned(fd, piece, offset)
 
     @staticmethod
     def _read_aligned(fd: int, piece: memoryview, offset: int) -> bool:
@@ -284,23 +339,27 @@ class SegmentFiles:
 
     def _write(self, runs: Sequence[Run], record: memoryview) -> None:
         for number, offset, piece in self._parts(runs, record):
-            fd = self.make(number)
-            if not self.direct:
-                self._write_all(fd, [piece], offset)
-            elif _address(piece) % PAGE:
-                for at in range(0, len(piece), _BOUNCE):
-                    part = piece[at : at + _BOUNCE]
-                    page = mmap.mmap(-1, -(-len(part) // PAGE) * PAGE)
-                    page[: len(part)] = part
-                    self._write_all(fd, [memoryview(page)], offset + at)
-            else:
-                pages = len(piece) // PAGE * PAGE
-                views = [piece[:pages]] if pages else []
-                if pages < len(piece):
-                    tail = mmap.mmap(-1, PAGE)
-                    tail[: len(piece) - pages] = piece[pages:]
-                    views.append(memoryview(tail))
-                self._write_all(fd, views, offset)
+            with self._used(number, self._to_write) as fd:
+                assert fd is not None
+                self._write_piece(fd, piece, offset)
+
+    def _write_piece(self, fd: int, piece: memoryview, offset: int) -> None:
+        if not self.direct:
+            self._write_all(fd, [piece], offset)
+        elif _address(piece) % PAGE:
+            for at in range(0, len(piece), _BOUNCE):
+                part = piece[at : at + _BOUNCE]
+                page = mmap.mmap(-1, -(-len(part) // PAGE) * PAGE)
+                page[: len(part)] = part
+                self._write_all(fd, [memoryview(page)], offset + at)
+        else:
+            pages = len(piece) // PAGE * PAGE
+            views = [piece[:pages]] if pages else []
+            if pages < len(piece):
+                tail = mmap.mmap(-1, PAGE)
+                tail[: len(piece) - pages] = piece[pages:]
+                views.append(memoryview(tail))
+            self._write_all(fd, views, offset)
 
     @staticmethod
     def _write_all(fd: int, views: list[memoryview], offset: int) -> None:
@@ -320,10 +379,11 @@ class SegmentFiles:
             BackendUnavailableError: the device fails.
         """
         with self._translated("prepare slots"):
-            fd = self.make(first // self.geometry.segment_slots)
             zeros = memoryview(mmap.mmap(-1, _BOUNCE))
             left, offset = count * self.geometry.slot_bytes, self.geometry.offset(first)
-            while left:
-                size = min(left, len(zeros))
-                self._write_all(fd, [zeros[:size]], offset)
-                offset, left = offset + size, left - size
+            with self._used(first // self.geometry.segment_slots, self._to_write) as fd:
+                assert fd is not None
+                while left:
+                    size = min(left, len(zeros))
+                    self._write_all(fd, [zeros[:size]], offset)
+                    offset, left = offset + size, left - size
