@@ -10,6 +10,9 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace
 from .index import Node
 from .tiers import NewChunk, TierStats
@@ -228,17 +231,20 @@ class Lease:
         """The held chunks, in order. Their payloads are valid as long as the lease is :attr:`held`."""
         return [
             Slot(slot, node.key, start, tokens, self._payload(slot, tokens).toreadonly())
-            for node, (slot, start, tokens) in zip(self.nodes, self.spans, strict=True)
+            for node, (slot, start, tokens) in zip(self.nodes, self.spans.tolist(), strict=True)
         ]
 
     @property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Of each held chunk its slot, the position of its first token, and its tokens: for those who know where slots are."""
-        width = self._chunk_tokens
-        found = [(slot, i * width, width) for i, slot in enumerate(self._slot_ids)]
-        if found:
-            found[-1] = (*found[-1][:2], self._last_tokens)
-        return found
+    def spans(self) -> npt.NDArray[np.int64]:
+        """Of each held chunk its slot, the position of its first token, and its tokens, [chunks, 3]: for those who know where
+        slots are."""
+        count = len(self._slot_ids)
+        table = np.empty((count, 3), np.int64)
+        table[:, 0] = self._slot_ids
+        table[:, 1] = np.arange(0, count * self._chunk_tokens, self._chunk_tokens)
+        table[:, 2] = self._chunk_tokens
+        table[-1:, 2] = self._last_tokens
+        return table
 
     def renew(self) -> bool:
         """Start the time limit anew; ``False`` if the lease was lost already."""

@@ -132,7 +132,9 @@ static void choose_paths(submission *s, int64_t total) {
         int64_t skipped = 0;
         for (int64_t table = 0; table < plan->tables; table++) {
             const lmkv_place *places = plan->places + table * plan->n_places + part->at;
-            for (int64_t t = 0; t < part->tokens; t++) skipped += places[t].block < 0;
+            int32_t gone = 0;
+            for (int64_t t = 0; t < part->tokens; t++) gone += places[t].block < 0;
+            skipped += gone;
         }
         s->partial[p] = part->tokens < part->held || skipped;
         int little = total <= s->gpu->options.direct_bytes || 4 * part->tokens <= part->held || (s->into_payloads && s->partial[p]);

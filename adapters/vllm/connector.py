@@ -21,7 +21,7 @@ except ImportError:  # an older vLLM does not tell sources apart
     CacheHitSource = None
 
 from .failures import restart_after_failed_loads
-from .hashing import spare_block_hashes
+from .hashing import prepare_requests
 from .metrics import LMKVPromMetrics, LMKVStats
 from .plans import Orders, Report, ShardInfo
 from .scheduler import SchedulerHalf
@@ -48,7 +48,7 @@ class LMKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(settings, vllm_config)
-            spare_block_hashes(LMKVConnector)
+            prepare_requests(LMKVConnector)
             restart_after_failed_loads(LMKVConnector)
         else:
             self._worker = WorkerHalf(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -171,20 +170,18 @@ class Copier:
         return self._parts(order), [_tensor_blocks(ids, pieces) for ids, pieces in zip(order.blocks, self._pieces, strict=True)]
 
     def _parts(self, order: CopyOrder) -> list[Part] | PartTable:
-        base = order.base
+        spans = order.parts[:, 1:] - order.base
         if self.device is not None:  # nothing reaches the wire before this is done
-            table = np.array([(part.slot, part.first, part.last, part.start, part.stop) for part in order.parts], np.int64)
-            return PartTable(self._slots.addresses(table[:, 0]) + self._offset, table[:, 1:] - base, self._slots)
+            return PartTable(self._slots.addresses(order.parts[:, 0]) + self._offset, spans, self._slots)
         parts: list[Part] = []
-        for part in order.parts:
-            payload = self._slots.view(part.slot)[self._offset : self._offset + (part.last - part.first) * self._token_bytes]
-            parts.append(Part(payload, part.first - base, part.last - base, part.start - base, part.stop - base))
+        for slot, (first, last, start, stop) in zip(order.parts[:, 0].tolist(), spans.tolist(), strict=True):
+            payload = self._slots.view(slot)[self._offset : self._offset + (last - first) * self._token_bytes]
+            parts.append(Part(payload, first, last, start, stop))
         return parts
 
 
-def _tensor_blocks(ids: Sequence[int], pieces: int) -> npt.NDArray[np.int32]:
-    """Blocks of the tensors that the scheduler's blocks ``ids`` consist of."""
-    blocks = np.asarray(ids, dtype=np.int32)
+def _tensor_blocks(blocks: npt.NDArray[np.int32], pieces: int) -> npt.NDArray[np.int32]:
+    """Blocks of the tensors that the scheduler's blocks consist of."""
     if pieces == 1:
         return blocks
     wide = blocks[:, None] * pieces + np.arange(pieces, dtype=np.int32)

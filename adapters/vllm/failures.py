@@ -62,7 +62,7 @@ def spoilt_requests(
     failed: list[CopyRecord] = []
     blocks: set[int] = set()
     for record in copies:
-        filled = {block for ids in record.order.blocks for block in ids if block > 0}
+        filled = {block for ids in record.order.blocks for block in ids.tolist() if block > 0}
         if record.order.load and filled & invalid:
             failed.append(record)
             blocks |= filled

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -19,29 +21,24 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from ...layout import KVLayout, LayerGroup
 from ...pool import PoolHandle
 
-__all__ = ["CopyOrder", "Orders", "PoolInfo", "Report", "ShardInfo", "SlotPart", "copy_order"]
+__all__ = ["CopyOrder", "Orders", "PoolInfo", "Report", "ShardInfo", "SlotParts", "copy_order", "parts_between"]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotPart:
-    """Tokens ``start`` to ``stop`` of the chunk in ``slot``, whose payload holds those from ``first`` to ``last``."""
-
-    slot: int
-    first: int
-    last: int
-    start: int
-    stop: int
+#: Of each part, in the order of the text: the slot of a chunk, whose payload holds the tokens from ``first`` to ``last``, and
+#: the tokens ``start`` to ``stop`` that are copied; int64 [parts, 5].
+SlotParts = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CopyOrder:
     """One copy between slots and a request's blocks.
 
     Args:
         id: of the copy; every worker reports it once.
         request: the request whose blocks they are.
-        parts: in the order of the text.
-        blocks: block ids by KV cache group, those of the tokens from ``base`` on; -1 where a token has no block.
+        parts: what of which slots.
+        blocks: block ids by KV cache group, those of the tokens from ``base`` on; -1 where a token has no block;
+            int32.
         base: text position of the first block's first token, the same for all groups.
         load: slots to blocks; else blocks to slots.
         waits: of a load: the forward pass of this step needs it; else the request waits in the scheduler until it is done.
@@ -49,8 +46,8 @@ class CopyOrder:
 
     id: int
     request: str
-    parts: tuple[SlotPart, ...]
-    blocks: tuple[Sequence[int], ...]
+    parts: SlotParts
+    blocks: tuple[npt.NDArray[np.int32], ...]
     base: int
     load: bool
     waits: bool = True
@@ -58,13 +55,20 @@ class CopyOrder:
     @property
     def tokens(self) -> int:
         """Tokens to copy."""
-        return sum(part.stop - part.start for part in self.parts)
+        return int((self.parts[:, 4] - self.parts[:, 3]).sum())
+
+
+def parts_between(spans: npt.NDArray[np.int64], start: int, stop: int) -> SlotParts:
+    """What of leased chunks (:attr:`lmkv.Lease.spans`) lies between two text positions."""
+    first, last = spans[:, 1], spans[:, 1] + spans[:, 2]
+    parts = np.stack((spans[:, 0], first, last, np.maximum(first, start), np.minimum(last, stop)), axis=1)
+    return parts[parts[:, 3] < parts[:, 4]]
 
 
 def copy_order(
     number: int,
     request: str,
-    parts: tuple[SlotPart, ...],
+    parts: SlotParts,
     blocks: Iterable[Sequence[int]],
     sizes: Sequence[int],
     *,
@@ -78,11 +82,11 @@ def copy_order(
         sizes: tokens a block, by KV cache group.
     """
     unit = math.lcm(*sizes)
-    base = min(part.start for part in parts) // unit * unit
-    stop = max(part.stop for part in parts)
-    named = tuple(
-        [block or -1 for block in ids[base // size : -(-stop // size)]] for ids, size in zip(blocks, sizes, strict=True)
-    )
+    base = int(parts[:, 3].min()) // unit * unit
+    stop = int(parts[:, 4].max())
+    named = tuple(np.array(ids[base // size : -(-stop // size)], np.int32) for ids, size in zip(blocks, sizes, strict=True))
+    for ids in named:
+        ids[ids == 0] = -1
     return CopyOrder(number, request, parts, named, base, load, waits)
 
 

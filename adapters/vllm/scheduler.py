@@ -20,7 +20,7 @@ from ...store import Store
 from ..engine_config import on_gpus_node
 from .failures import spoilt_requests
 from .lookups import Lookups
-from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotPart, copy_order
+from .plans import CopyOrder, Orders, PoolInfo, Report, ShardInfo, SlotParts, copy_order, parts_between
 from .pools import drop_pool, offer_pool
 from .requests import CopyRecord, Filling, RequestState
 from .settings import Settings, unserved, with_model
@@ -222,12 +222,7 @@ class SchedulerHalf:
         state.hit_tokens = lease.hit_tokens
         whole = lease.hit_tokens >= request.num_prompt_tokens  # the short last chunk, too
         state.stored_to = max(state.stored_to, lease.hit_tokens if whole else lease.hit_tokens // width * width)
-        parts = tuple(
-            SlotPart(slot, first, first + tokens, max(start, first), min(stop, first + tokens))
-            for slot, first, tokens in lease.spans
-            if start < first + tokens and first < stop
-        )
-        order = self._order(state, parts, block_ids, load=True, waits=not state.between_steps)
+        order = self._order(state, parts_between(lease.spans, start, stop), block_ids, load=True, waits=not state.between_steps)
         self._loads.append(order)
         self._copies[order.id] = CopyRecord(order, state, lease)
         state.copies.add(order.id)
@@ -239,7 +234,7 @@ class SchedulerHalf:
             )
 
     def _order(
-        self, state: RequestState, parts: tuple[SlotPart, ...], blocks: Iterable[list[int]], *, load: bool, waits: bool = True
+        self, state: RequestState, parts: SlotParts, blocks: Iterable[list[int]], *, load: bool, waits: bool = True
     ) -> CopyOrder:
         sizes = next(iter(self._shards.values())).block_tokens
         return copy_order(next(self._numbers), state.id, parts, blocks, sizes, load=load, waits=waits)

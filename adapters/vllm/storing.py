@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from vllm.logger import init_logger
 
 from ...chunks import TOKEN_BYTES
 from ...store import Store
-from .plans import CopyOrder, SlotPart
+from .plans import CopyOrder, SlotParts
 from .requests import Filling, RequestState
 from .settings import Settings
 
@@ -27,7 +28,7 @@ Ordered = list[tuple[CopyOrder, Filling]]
 
 class _MakeOrder(Protocol):
     def __call__(
-        self, state: RequestState, parts: tuple[SlotPart, ...], blocks: Iterable[list[int]], *, load: bool, waits: bool = True
+        self, state: RequestState, parts: SlotParts, blocks: Iterable[list[int]], *, load: bool, waits: bool = True
     ) -> CopyOrder: ...
 
 
@@ -74,7 +75,7 @@ def store_orders(
         for order, _ in found:
             logger.info(
                 "LMKV: Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s",
-                *(order.tokens, order.parts[-1].stop, order.parts[0].start, state.id),
+                *(order.tokens, order.parts[-1, 4], order.parts[0, 3], state.id),
             )
     return found
 
@@ -85,8 +86,8 @@ def _whole(store: Store, state: RequestState, start: int, target: int, make_orde
     parts = []
     for chunk in reservation.chunks:
         stop = chunk.start + len(chunk.piece) // TOKEN_BYTES
-        parts.append(SlotPart(chunk.slot, chunk.start, stop, chunk.start, stop))
-    return _ordered(state, Filling(reservation, parts[-1].stop if parts else target), parts, make_order)
+        parts.append((chunk.slot, chunk.start, stop, chunk.start, stop))
+    return _ordered(state, Filling(reservation, parts[-1][4] if parts else target), parts, make_order)
 
 
 def _begun(store: Store, state: RequestState, start: int, known: int, stop: int, make_order: _MakeOrder) -> Ordered:
@@ -97,7 +98,7 @@ def _begun(store: Store, state: RequestState, start: int, known: int, stop: int,
         return []
     chunk = reservation.chunks[0]
     filling = Filling(reservation, stop, known)
-    found = _ordered(state, filling, [SlotPart(chunk.slot, start, stop, start, known)], make_order)
+    found = _ordered(state, filling, [(chunk.slot, start, stop, start, known)], make_order)
     if found:
         state.filling = filling
     return found
@@ -110,7 +111,7 @@ def _continued(state: RequestState, known: int, make_order: _MakeOrder) -> Order
         return []
     chunk = filling.reservation.chunks[0]
     stop = min(known, filling.stop)
-    found = _ordered(state, filling, [SlotPart(chunk.slot, chunk.start, filling.stop, filling.reached, stop)], make_order)
+    found = _ordered(state, filling, [(chunk.slot, chunk.start, filling.stop, filling.reached, stop)], make_order)
     filling.reached = stop
     if not found or stop == filling.stop:
         state.filling = None
@@ -118,12 +119,14 @@ def _continued(state: RequestState, known: int, make_order: _MakeOrder) -> Order
     return found
 
 
-def _ordered(state: RequestState, filling: Filling, parts: list[SlotPart], make_order: _MakeOrder) -> Ordered:
+def _ordered(
+    state: RequestState, filling: Filling, parts: list[tuple[int, int, int, int, int]], make_order: _MakeOrder
+) -> Ordered:
     if not parts:
         filling.reservation.abort()
         return []
-    order = make_order(state, tuple(parts), state.blocks, load=False)
-    if any(block < 0 for ids in order.blocks for block in ids):  # a window has passed it after all
+    order = make_order(state, np.array(parts, np.int64), state.blocks, load=False)
+    if any((ids < 0).any() for ids in order.blocks):  # a window has passed it after all
         filling.drop()
         return []
     filling.copies += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from array import array
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from ...chunks import Namespace
 from ...eviction.priority import PRIORITIES
 
-__all__ = ["AdapterVersions", "Wishes", "must_compute", "namespace_of", "refusal", "text_of", "wishes_of"]
+__all__ = ["AdapterVersions", "Wishes", "keep_prompt", "must_compute", "namespace_of", "refusal", "text_of", "wishes_of"]
 
 #: Inputs of fewer tokens than this are named in the namespace too: so few substituted ids could be met by chance.
 _FEW_TOKENS = 4
@@ -89,9 +90,19 @@ def must_compute(request: Any) -> bool:
     )
 
 
+def keep_prompt(request: Any) -> None:
+    """Make the array of a new request's prompt, for :func:`text_of`."""
+    with contextlib.suppress(OverflowError, TypeError):  # no tokens: whoever schedules it says so
+        request.lmkv_prompt = np.frombuffer(array("I", request.prompt_token_ids[:]), dtype=np.uint32)
+
+
 def text_of(request: Any) -> npt.NDArray[np.uint32]:
     """All of a request's tokens so far, with the place-holders of images, audio, … replaced by ids made of their hashes."""
-    tokens = np.frombuffer(array("I", request.all_token_ids[:]), dtype=np.uint32)
+    kept = getattr(request, "lmkv_prompt", None)
+    if kept is not None and len(kept) == request.num_tokens:
+        tokens: npt.NDArray[np.uint32] = kept
+    else:
+        tokens = np.frombuffer(array("I", request.all_token_ids[:]), dtype=np.uint32)
     if request.mm_features:
         tokens = tokens.copy()
     reached = 0

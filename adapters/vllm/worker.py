@@ -237,7 +237,7 @@ class WorkerHalf:
                 self._report.failed.add(order.id)
                 self._report.reasons.append(f"{order.request}: {running.error}")
                 if order.load:
-                    self._errors |= {block for ids in order.blocks for block in ids if block > 0}
+                    self._errors |= {block for ids in order.blocks for block in ids.tolist() if block > 0}
                     if order.waits:
                         self._failed_step = max(self._failed_step, self._step)
                         self._report.failed_step = self._failed_step

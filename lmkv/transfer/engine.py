@@ -197,7 +197,7 @@ class CopyEngine:
                 if start < 0 or stop > len(ids) * size:
                     raise ArgumentError(f"expected blocks for tokens {start} to {stop}; got {len(ids)} of {size} tokens")
             spans = [paged_places(ids, size, start, stop) for start, stop in runs]
-            found.append(np.concatenate(spans) if spans else np.empty((0, 2), np.int32))
+            found.append(spans[0] if len(spans) == 1 else np.concatenate(spans) if spans else np.empty((0, 2), np.int32))
         return found
 
 

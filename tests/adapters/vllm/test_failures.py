@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from engines import Engine, text
 from vllm import SamplingParams
@@ -18,7 +19,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from lmkv.adapters.vllm.failures import spoilt_requests
-from lmkv.adapters.vllm.plans import CopyOrder, Report, SlotPart
+from lmkv.adapters.vllm.plans import CopyOrder, Report
 from lmkv.adapters.vllm.requests import CopyRecord
 
 
@@ -46,7 +47,7 @@ def answer(scheduler: Any, output: Any, token: int, *, failed: bool = False) -> 
     invalid: set[int] = set()
     if failed:
         report.failed |= {order.id for order in orders.loads}
-        invalid = {block for order in orders.loads for ids in order.blocks for block in ids if block > 0}
+        invalid = {block for order in orders.loads for ids in order.blocks for block in ids.tolist() if block > 0}
     names = list(output.num_scheduled_tokens)
     said = ModelRunnerOutput(
         req_ids=names,
@@ -103,10 +104,10 @@ def test_requests_that_may_share_unfilled_blocks_begin_again_too() -> None:
     unscheduled = state("unscheduled", 6)
     unscheduled.blocks = []
     requests = [early, failing, beside, alone, unscheduled]
-    part = (SlotPart(0, 0, 64, 0, 64),)
+    part = np.array([(0, 0, 64, 0, 64)])
     copies = [
-        CopyRecord(CopyOrder(1, "early", part, ([8, 9], [-1, 3]), 0, load=False), early, None),  # type: ignore[arg-type]
-        CopyRecord(CopyOrder(2, "failing", part, ([4, 5], [-1, 6]), 0, load=True), failing, None),  # type: ignore[arg-type]
+        CopyRecord(CopyOrder(1, "early", part, (np.array([8, 9]), np.array([-1, 3])), 0, load=False), early, None),  # type: ignore[arg-type]
+        CopyRecord(CopyOrder(2, "failing", part, (np.array([4, 5]), np.array([-1, 6])), 0, load=True), failing, None),  # type: ignore[arg-type]
     ]
     assert spoilt_requests({6}, copies, requests, caching=False) == ({"failing"}, {4, 5, 6})
     assert spoilt_requests({6}, copies, requests, caching=True) == ({"failing", "beside"}, {4, 5, 6})

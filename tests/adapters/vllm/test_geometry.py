@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
@@ -12,7 +13,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentio
 from lmkv.adapters.vllm.copies import Copier
 from lmkv.adapters.vllm.geometry import ShardGeometry, shard_geometry
 from lmkv.adapters.vllm.packing import packed_views, probe_packing
-from lmkv.adapters.vllm.plans import CopyOrder, SlotPart
+from lmkv.adapters.vllm.plans import CopyOrder
 from lmkv.errors import LayoutMismatchError
 from lmkv.layout import KVLayout
 from lmkv.pool import HostPool
@@ -58,14 +59,14 @@ def copier_of(geometry: ShardGeometry, slots: int = 4) -> Copier:
 def there_and_back(geometry: ShardGeometry, tables: list[list[int]], others: list[list[int]]) -> None:
     """Store a text of 40 tokens out of ``tables``, wipe, load tokens 5 to 40 into ``others``."""
     copier = copier_of(geometry)
-    parts = (SlotPart(0, 0, 24, 0, 24), SlotPart(1, 24, 40, 24, 40))
+    parts = np.array([(0, 0, 24, 0, 24), (1, 24, 40, 24, 40)])
     before = [read(layer, tables[layer.group], 40) for layer in geometry.layers]
-    assert copier.store(CopyOrder(1, "r", parts, tuple(tables), 0, load=False)).error == ""
+    assert copier.store(CopyOrder(1, "r", parts, tuple(np.array(ids, np.int32) for ids in tables), 0, load=False)).error == ""
     for layer in geometry.layers:
         for part in layer.parts:
             part.zero_()
-    loaded = (SlotPart(0, 0, 24, 5, 24), SlotPart(1, 24, 40, 24, 40))
-    assert copier.load(CopyOrder(2, "r", loaded, tuple(others), 0, load=True)).error == ""
+    loaded = np.array([(0, 0, 24, 5, 24), (1, 24, 40, 24, 40)])
+    assert copier.load(CopyOrder(2, "r", loaded, tuple(np.array(ids, np.int32) for ids in others), 0, load=True)).error == ""
     for layer, kept in zip(geometry.layers, before, strict=True):
         for there, was in zip(read(layer, others[layer.group], 40), kept, strict=True):
             assert torch.equal(there[:, 5:], was[:, 5:])
@@ -134,10 +135,11 @@ def test_blocks_that_a_window_has_passed_are_left_alone() -> None:
     tensor = random_tensor(BLOCKS, 2, TOKENS, HEADS, SIZE)
     geometry = shard_geometry({"layer.0": tensor}, config_of((full(), ["layer.0"])), {})
     copier = copier_of(geometry)
-    copier.store(CopyOrder(1, "r", (SlotPart(0, 0, 24, 0, 24),), ([3, 7],), 0, load=False))
+    parts = np.array([(0, 0, 24, 0, 24)])
+    copier.store(CopyOrder(1, "r", parts, (np.array([3, 7], np.int32),), 0, load=False))
     before = tensor.clone()
     tensor[7] = 0
-    copier.load(CopyOrder(2, "r", (SlotPart(0, 0, 24, 0, 24),), ([-1, 7],), 0, load=True))
+    copier.load(CopyOrder(2, "r", parts, (np.array([-1, 7], np.int32),), 0, load=True))
     assert torch.equal(tensor[7, :, :8], before[7, :, :8])
     assert torch.equal(tensor[3], before[3])
 
