@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import time
@@ -9,9 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import vllm.model_executor.models.registry as registry
 from models import VOCABULARY
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.platforms import current_platform
+
+# What vLLM does whenever an engine starts or ends, and once is enough for in a process of many engines.
+# One that ends has the collector look through all that was ever imported, several times; here that stays out of its sight.
+_freeze = gc.freeze
+gc.freeze = gc.unfreeze = lambda: None
+# It looks through all modules for kernels that the CPU has in C++, and puts these in their place.
+_Platform: Any = type(current_platform)
+_Platform.register_triton_kernel_overrides = staticmethod(functools.cache(_Platform.register_triton_kernel_overrides))
+# It asks a process of its own what a model can do, lest this one touches a GPU.
+registry._run_in_subprocess = lambda asked: asked()
 
 #: Tokens of a block and of a chunk; they differ, so that neither hides the other's edges.
 BLOCK, CHUNK = 32, 48
@@ -64,6 +77,8 @@ class Engine:
         settings: of ``LLM``.
     """
 
+    _open = 0
+
     def __init__(
         self,
         model: Path,
@@ -86,11 +101,16 @@ class Engine:
             "max_num_batched_tokens": 1024,
             "enable_prefix_caching": False,
             "block_size": BLOCK,
+            "num_gpu_blocks_override": 512,
             "skip_tokenizer_init": True,
             "disable_log_stats": False,
             "seed": 0,
         }
+        if not Engine._open:
+            gc.collect()
+            _freeze()
         self.llm = LLM(model=str(model), **(defaults | settings))
+        Engine._open += 1
         self._connected = connector is not None
 
     def ask(
@@ -206,6 +226,7 @@ class Engine:
             self.core.shutdown()
             ensure_kv_transfer_shutdown()
             self.llm = None
+            Engine._open -= 1
             gc.collect()
 
     def __enter__(self) -> Engine:

@@ -51,7 +51,7 @@ def test_a_program_for_lmcache_runs_unchanged(asked: str, models: Callable[[str]
     lmkv = [sys.executable, "-c", "import sys; from lmkv.cli import main; sys.exit(main())"]
     done = subprocess.run(
         [*lmkv, "run", "--as-lmcache", "--", sys.executable, str(script)],
-        env={**os.environ}, capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert "cached 0 199" in done.stdout, (done.stdout + done.stderr)[-3000:]
     assert ("extra {'lmkv.ram_capacity': 107374182}" in done.stdout) == (asked == BY_FLAGS)

@@ -150,7 +150,7 @@ while True:
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    timer = threading.Timer(120, process.kill)
+    timer = threading.Timer(400, process.kill)
     timer.start()
     try:
         assert process.stdout is not None

@@ -104,7 +104,7 @@ def run(code: str, model: Path, tmp_path: Path, **environment: str) -> str:
             start_new_session=True,
         )
         try:
-            process.wait(180)
+            process.wait(600)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
