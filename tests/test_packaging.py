@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the repository tracks or would track, without build leftovers."""
     copy = tmp_path_factory.mktemp("source") / "lmkv"
-    ignored = shutil.ignore_patterns(".git", ".venv", "*.so", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "*.so", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 

@@ -23,6 +23,6 @@ def make(folder: str | Path, packages: tuple[str, ...] = PACKAGES) -> str:
     ).stdout.strip()
     lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages())
     (Path(own) / "around.pth").write_text(lines)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", own, *packages]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", own, *packages]
     subprocess.run(pip, check=True)
     return str(python)

@@ -33,14 +33,14 @@ _NEEDED = (
 
 
 def make(folder: str | Path, sglang: str = SGLANG) -> str:
-    """Make the environment and return its interpreter."""
+    """Make the environment and return its interpreter. What is never imported need not be compiled."""
     venv.create(folder, with_pip=False, symlinks=True, clear=True)
     python = Path(folder) / "bin" / "python"
     own = subprocess.run(
         [str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", own, sglang, *_PINNED[sglang], *_NEEDED]
-    subprocess.run(pip, check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", own]
+    subprocess.run([*pip, sglang, *_PINNED[sglang], *_NEEDED], check=True)
     lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
     (Path(own) / "around.pth").write_text("".join([f"{Path(__file__).parent / 'sglang_stubs'}\n", *lines]))
     return str(python)
