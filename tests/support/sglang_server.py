@@ -103,7 +103,7 @@ def serving(model: Path, log: Path, environ: Mapping[str, str], *flags: str, bef
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended: {server.log.read_text(errors='replace')[-4000:]}")

@@ -44,7 +44,7 @@ def test_an_engine_and_the_one_after_it(tiny_llama: Path, tmp_path: Path, standi
     answers = []
     for cached in ([[0, 0], [299, 99], [0, 0], [299, 99]], [[299, 99], [299, 99], [0, 0], [299, 99]]):
         told = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": standins}, capture_output=True, text=True, timeout=300, check=False
+            command, env={**os.environ, "PYTHONPATH": standins}, capture_output=True, text=True, timeout=600, check=False
         )
         assert told.returncode == 0, told.stderr[-4000:]
         steps = json.loads(told.stdout.splitlines()[-1])

@@ -37,7 +37,7 @@ def engine(settings: dict[str, Any], texts: list[list[int]], **environ: str) -> 
         env={**os.environ, "LMKV_SGLANG": "1", **environ},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
     assert told.returncode == 0, told.stderr[-4000:]

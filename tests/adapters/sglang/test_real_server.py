@@ -152,7 +152,7 @@ def test_an_engine_of_two_ranks(tiny_llama: Path, tmp_path: Path) -> None:
     told = subprocess.run(
         [sys.executable, str(script), json.dumps(settings), json.dumps([TEXT, OTHER])], capture_output=True, text=True,
         env={**os.environ, **environ, "SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
-        timeout=300, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
     assert told.returncode == 0, told.stderr[-4000:]
     steps = json.loads(told.stdout.splitlines()[-1])
