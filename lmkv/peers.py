@@ -84,12 +84,14 @@ class PeerServer:
         threading.Thread(target=self._accept, name="lmkv-peers", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more and end all connections; a second call does nothing."""
+        """Listen no more, end all connections, and let nobody read slots any more; a second call does nothing."""
         self._closed = True
         self._socket.close()
         for sock in list(self._open):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+        with self._registering:
+            self._agent.close()  # before the slots are unmapped: it would end the process if it read there
 
     def _accept(self) -> None:
         while not self._closed:
@@ -183,6 +185,8 @@ class PeerServer:
         extent = record.obj
         assert isinstance(extent, mmap.mmap), "slots lie in mappings"
         with self._registering:
+            if self._closed:
+                raise _RefusedError("expected an open store; it was closed")
             if self._agent.keep_registered(extent):
                 self._metadata = self._agent.api.get_agent_metadata()
 

@@ -40,20 +40,25 @@ class Agent:
         self.plugin = plugin
         self.errors: tuple[type[BaseException], ...] = (RuntimeError, ValueError, *_error_classes(api))
         self.api = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=progress, backends=[]))
-        self._kept: dict[int, object] = {}
+        self._kept: dict[int, memoryview] = {}  # which keep the mappings from being closed
         try:
             self.api.create_backend(plugin, dict(params))
         except self.errors as error:
             raise BackendUnavailableError(str(error)) from None
 
     def keep_registered(self, owner: mmap.mmap) -> bool:
-        """Register a mapping for good; ``False`` if it is already."""
+        """Register a mapping until :meth:`close`, which it can't be unmapped before; ``False`` if it is already."""
         if id(owner) in self._kept:
             return False
         whole = memoryview(owner).cast("B")
         self.api.register_memory([(address_of(whole), len(whole), 0, "")], "DRAM", [self.plugin])
-        self._kept[id(owner)] = owner
+        self._kept[id(owner)] = whole
         return True
+
+    def close(self) -> None:
+        """End the agent, and what others still read or write by it; then its mappings may go. Not while it is used here."""
+        self.api = None
+        self._kept.clear()
 
     @contextmanager
     def registered(self, view: memoryview) -> Iterator[None]:

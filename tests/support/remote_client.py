@@ -27,8 +27,9 @@ class Client:
     def __init__(self, url: str, **settings: Any) -> None:
         self.events: list[lmkv.Event] = []
         options = settings.pop("options", {"part_bytes": 65536})
+        self.deadline: float = settings.pop("deadline", DEADLINE)
         of_tier = {name: settings.pop(name) for name in ("backend", "codec", "encryption") if name in settings}
-        tier = lmkv.TierConfig(url=url, name="remote", deadline_seconds=DEADLINE, options=options, **of_tier)
+        tier = lmkv.TierConfig(url=url, name="remote", deadline_seconds=self.deadline, options=options, **of_tier)
         config = lmkv.StoreConfig(
             model="m", ram_capacity=8 << 20, disk_capacity=0, tiers=(tier,), breaker_failures=3, **settings
         )
@@ -40,14 +41,14 @@ class Client:
         self.events.clear()
         self.store._ram.clear()
         self.store.store(text, known_kv.source(LAYOUT, text))
-        assert self.store.flush(60)
+        assert self.store._slow[0].flush(60)
         return not any(event.kind in ("write_dropped", "tier_failed") for event in self.events)
 
     def get(self, text: list[int] = TEXT) -> int:
         """Tokens that came from the server, every byte of them proved."""
         self.store._ram.clear()
         begun = time.monotonic()
-        match = self.store.lookup(text).wait(DEADLINE)
+        match = self.store.lookup(text).wait(self.deadline)
         asked = time.monotonic()
         loaded = known_kv.fetch(self.store, text, match)
         self.slowest = max(self.slowest, asked - begun, time.monotonic() - asked)
