@@ -97,19 +97,22 @@ class AsyncStore:
 
     @contextlib.asynccontextmanager
     async def reserve(
-        self, tokens: object, *, start: int = 0, namespace: Namespace | None = None
+        self, tokens: object, *, start: int = 0, namespace: Namespace | None = None, priority: int = 0
     ) -> AsyncIterator[Reservation]:
         """As :meth:`Store.reserve`: ``async with store.reserve(tokens) as r``."""
-        reserve = partial(self.sync.reserve, tokens, start=start, namespace=namespace)
+        reserve = partial(self.sync.reserve, tokens, start=start, namespace=namespace, priority=priority)
         reservation = await self._hold(reserve, Reservation.abort)
         try:
             yield reservation
         finally:
             reservation.abort()
 
-    async def store(self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None) -> int:
+    async def store(
+        self, tokens: object, source: Any, *, start: int = 0, namespace: Namespace | None = None, priority: int = 0
+    ) -> int:
         """As :meth:`Store.store`; once it has begun, a cancelled task ends only when it is over."""
-        return await self._move(lambda: self.sync.store(tokens, source, start=start, namespace=namespace))
+        store = partial(self.sync.store, tokens, source, start=start, namespace=namespace, priority=priority)
+        return await self._move(store)
 
     async def flush(self, timeout: float | None = None) -> bool:
         """As :meth:`Store.flush`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -227,5 +228,22 @@ def test_a_cancelled_copy_is_over_when_its_task_is(verb: str) -> None:
                 proved(layers, len(TOKENS))
                 assert not early, "it was written when its task was over"
             store.sync._check()
+
+    run(main())
+
+
+@pytest.mark.parametrize("verb", ["lookup", "prefetch", "worthwhile", "lease", "retrieve", "reserve", "store", "flush", "clear"])
+def test_verbs_take_what_the_store_takes(verb: str) -> None:
+    here, there = (inspect.signature(getattr(kind, verb)).parameters for kind in (lmkv.AsyncStore, lmkv.Store))
+    assert [name for name in here if name != "wait"] == list(there)
+
+
+def test_priorities() -> None:
+    async def main() -> None:
+        async with await opened() as store:
+            assert await store.store(TOKENS[:16], known_kv.source(LAYOUT, TOKENS[:16]), priority=7) == 16
+            async with store.reserve(TOKENS, priority=9) as reservation:
+                assert {chunk.priority for chunk in reservation.chunks} == {9}
+            assert [node.priority for node in store.sync._ram.index] == [7]
 
     run(main())
