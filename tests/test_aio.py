@@ -143,7 +143,7 @@ def test_many_tasks_at_once(tmp_path: Path) -> None:
                         assert known_kv.same_bits(mine[:, :loaded], theirs[:, :loaded])
 
             await asyncio.gather(*(work(number) for number in range(48)))
-            assert await store.flush(60)
+            assert store.sync._slow[0].flush(60)
             store.sync._check()
 
     run(main())

@@ -252,7 +252,7 @@ class _Link:
         self._missing: type[Exception] = library.InfiniStoreKeyNotFound
         self._client = library.InfinityConnection(library.ClientConfig(**settings))
         self._loop = asyncio.new_event_loop()
-        self._registered: dict[int, mmap.mmap] = {}
+        self._registered: dict[int, memoryview] = {}
         self._room = mmap.mmap(-1, mmap.PAGESIZE)
         try:
             self._loop.run_until_complete(self._client.connect_async())
@@ -331,7 +331,7 @@ class _Link:
         if isinstance(owner, mmap.mmap) and id(owner) not in self._registered:
             whole = memoryview(owner).cast("B")
             self._client.register_mr(_address(whole), len(whole))
-            self._registered[id(owner)] = owner
+            self._registered[id(owner)] = whole  # which keeps it from being unmapped
 
 
 def _within(call: Callable[[], Result], seconds: float) -> Result:
