@@ -118,9 +118,9 @@ class AsyncStore:
         """As :meth:`Store.flush`."""
         return await self._run(lambda: self.sync.flush(timeout))
 
-    async def clear(self) -> None:
+    async def clear(self) -> bool:
         """As :meth:`Store.clear`."""
-        await self._run(self.sync.clear)
+        return await self._run(self.sync.clear)
 
     def stats(self) -> Stats:
         """As :meth:`Store.stats`."""

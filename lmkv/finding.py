@@ -92,6 +92,10 @@ class Finder:
                 best = Tail(*child, tier.name)
         return best
 
+    def forget(self) -> None:
+        """Believe no answer of before: the store is being cleared."""
+        self._probes.forget()
+
     def behind(self, root: ChunkKey, keys: Sequence[ChunkKey], pieces: Sequence[bytes]) -> int:
         """Leading chunks that every slow tier holds; 0 if one of them can't tell at once."""
         known = len(keys)

@@ -60,6 +60,11 @@ class Probes:
         self._asked: dict[tuple[str, ChunkKey, ChunkKey], tuple[Future[int], float]] = {}
         self._waits = Waits()
 
+    def forget(self) -> None:
+        """Ask anew."""
+        with self._lock:
+            self._asked.clear()
+
     def ask(self, tier: SlowTier, keys: Sequence[ChunkKey], wait: float) -> int | None:
         """How many leading keys ``tier`` holds; ``None`` if it has not answered within ``wait`` seconds."""
         now = time.monotonic()

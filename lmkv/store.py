@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from .chunks import TOKEN_BYTES, ChunkKey, Namespace, TokenChunker, token_bytes
-from .config import StoreConfig, TierConfig
+from .config import StoreConfig
 from .errors import ArgumentError, ConfigError, StoreClosedError
 from .events import Emitter, EventSink
 from .eviction.priority import PRIORITIES
@@ -65,8 +65,9 @@ class Store:
         self._pins = Pins(self._ram.pool, self._emit, config.ram_pin)
         self._slow: list[SlowTier] = []
         try:
+            view, emit = self._ram.pool.view, self._emit
             for settings in config.slow_tiers(layout.fingerprint.hex()):
-                self._slow.append(self._open_tier(settings))
+                self._slow.append(open_tier(settings, config, layout, slot_view=view, release=self._unpin, emit=emit))
         except BaseException:
             for tier in self._slow:
                 tier.close(None)
@@ -86,11 +87,6 @@ class Store:
         if any(tier.holds_something() for tier in self._slow):
             with self._lock:
                 self._ram.prepare()
-
-    def _open_tier(self, settings: TierConfig) -> SlowTier:
-        return open_tier(
-            settings, self.config, self.layout, slot_view=self._ram.pool.view, release=self._unpin, emit=self._emit
-        )
 
     # -- looking up ------------------------------------------------------------------------------------------------------
 
@@ -411,24 +407,27 @@ class Store:
             done = tier.flush(None if deadline is None else max(0.0, deadline - time.monotonic())) and done
         return done and False not in [tier.given_up.none_since(known) for tier, known in zip(self._slow, told, strict=True)]
 
-    def clear(self) -> None:
-        """Drop every chunk of every tier; other processes on the same disk directory lose theirs too.
+    def clear(self) -> bool:
+        """Drop every chunk of every tier; other processes on the same disk directory lose theirs too, peers do not.
 
-        What is leased stays in place until its lease ends, but is found no more; reservations of before commit nothing; a tier
-        that can't be cleared now gives nothing until it was. Raises :class:`StoreClosedError`.
+        What is leased stays in place until its lease ends, but is found no more; reservations of before commit nothing. Returns
+        ``False``, with an event, if a tier was not cleared: it gives nothing until it was, unless its storage has no way to
+        drop everything (``lm://``, ``infinistore://``): what that holds is found again. Raises :class:`StoreClosedError`.
         """
         self._open()
+        done = True
         for cleared in (False, True):  # again afterwards: what came from the tiers meanwhile
             with self._lock:
                 self._open()
                 self._loader.forget()
+                self._finder.forget()
                 self._epoch += not cleared
                 for tier in () if cleared else self._slow:
-                    tier.writer.drop_oldest(len(tier.writer), "the store was cleared")
-                    tier.given_up.forgive()
+                    tier.forget_waiting()
                 self._ram.clear()
             for tier in () if cleared else self._slow:
-                tier.clear()
+                done = tier.clear() and done
+        return done
 
     def stats(self) -> Stats:
         """Counts since the store was opened. Raises :class:`StoreClosedError`."""

@@ -232,7 +232,9 @@ def test_a_cancelled_copy_is_over_when_its_task_is(verb: str) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("verb", ["lookup", "prefetch", "worthwhile", "lease", "retrieve", "reserve", "store", "flush", "clear"])
+@pytest.mark.parametrize(
+    "verb", ["lookup", "prefetch", "worthwhile", "lease", "retrieve", "reserve", "store", "flush", "clear"]
+)
 def test_verbs_take_what_the_store_takes(verb: str) -> None:
     here, there = (inspect.signature(getattr(kind, verb)).parameters for kind in (lmkv.AsyncStore, lmkv.Store))
     assert [name for name in here if name != "wait"] == list(there)

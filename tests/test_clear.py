@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import known_kv
+import lm_servers
 import pytest
+import remotes
 
 import lmkv
 
@@ -120,3 +124,32 @@ def test_a_tier_that_fails_meanwhile(tmp_path: Path) -> None:
         store._ram.clear()
         assert known_kv.fetch(store, TEXT) == 70
         settled(store)
+
+
+def test_a_storage_that_cannot_be_cleared_is_told_of() -> None:
+    events: list[lmkv.Event] = []
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(lm_servers.running())
+        tier = lmkv.TierConfig(url=f"lm://127.0.0.1:{server.address[1]}", name="remote", deadline_seconds=30.0)
+        config = lmkv.StoreConfig(ram_capacity=1 << 20, disk_capacity=0, tiers=(tier,))
+        store = stack.enter_context(lmkv.Store(config, LAYOUT, on_event=events.append))
+        keep(store, TEXT)
+        assert store.flush(60)
+        assert not store.clear()
+        told = [event for event in events if event.kind == "tier_failed"]
+        assert [event.detail["operation"] for event in told] == ["clear"]
+        assert "is found again" in str(told[0].detail["reason"])
+        assert store.lookup(TEXT).wait(60).hit_tokens == 70
+        assert not store.stats().tiers[1].failures
+
+
+def test_what_a_remote_tier_answered_before_is_not_believed(register: Callable[[str, str, str], None]) -> None:
+    register("lmkv.backends", "healthy", "remotes:healthy")
+    tier = lmkv.TierConfig("healthy", options={"server": remotes.new_server()})
+    with lmkv.Store(lmkv.StoreConfig(ram_capacity=1 << 20, disk_capacity=0, tiers=(tier,)), LAYOUT) as store:
+        keep(store, TEXT)
+        assert store.flush(60)
+        store._ram.clear()
+        assert store.lookup(TEXT).wait(60).hit_tokens == 70
+        assert store.clear()
+        assert store.lookup(TEXT).wait(60).hit_tokens == 0

@@ -406,12 +406,11 @@ class LMKVHiCacheStorage(HiCacheStorage):
     def clear(self) -> bool:
         """Drop everything, in all tiers; other servers on the same disk directory lose theirs, too."""
         try:
-            for pages in self._stores():
-                pages.store.clear()
+            cleared = [pages.store.clear() for pages in self._stores()]
         except LMKVError as error:
             self._told.trouble("the storage was not cleared", str(error))
             return False
-        return True
+        return all(cleared)
 
     def get_stats(self) -> Any:
         """Pages and GiB/s of each transfer since the last call, as SGLang's own metrics want them (``StorageMetrics``)."""

@@ -332,12 +332,10 @@ class LMKVLinker(UnifiedCacheLinker):
     def clear(self) -> bool:
         """Forget everything that is kept; whether that was possible."""
         try:
-            if self.pages is not None:
-                self.pages.store.clear()
+            return self.pages is not None and self.pages.store.clear()
         except LMKVError as error:
             self.telling.trouble("what is kept was not dropped", str(error))
             return False
-        return self.pages is not None
 
     def close(self) -> None:
         """Wait for all copies, write what waits to the slow tiers, and close the store."""

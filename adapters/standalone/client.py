@@ -296,9 +296,9 @@ class StoreClient:
         frames.check_sum(hasher, buffer[size : size + frames.SUM_BYTES], begin)
         return buffer[:size]
 
-    def clear(self) -> None:
-        """Drop every chunk of every tier of the service, whatever its namespace."""
-        self._wire.ask("POST", "/v1/clear", {})
+    def clear(self) -> bool:
+        """Drop every chunk of every tier of the service, whatever its namespace; ``False`` as for :meth:`lmkv.Store.clear`."""
+        return bool(self._wire.ask("POST", "/v1/clear", {})["cleared"])
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until everything committed is in the service's slow tiers; ``False`` as for :meth:`lmkv.Store.flush`."""

@@ -279,8 +279,7 @@ class Service:
         """Forget everything, in all tiers."""
         await self._empty_json(request)
         async with self._turn():
-            await self.in_thread(self.store.clear)
-        return web.json_response({"cleared": True})
+            return web.json_response({"cleared": await self.in_thread(self.store.clear)})
 
     async def flush(self, request: web.Request) -> web.StreamResponse:
         """Wait until everything committed is in the slow tiers."""

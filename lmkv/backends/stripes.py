@@ -14,6 +14,7 @@ import functools
 import heapq
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -50,6 +51,9 @@ class _Stripe:
         self.share = share
         #: It failed since its records were listed last: some may have been taken for deleted.
         self.missed = False
+        #: It could not be cleared when all were: it has to be before anything else is done with it.
+        self.uncleared = False
+        self.clearing = threading.Lock()
         self._failures = 0
         self._operation = ""  # that failed last
         self._until = 0.0
@@ -157,6 +161,10 @@ class StripedBackend:
         if stripe.rests:
             return None
         try:
+            with stripe.clearing if stripe.uncleared else contextlib.nullcontext():
+                if stripe.uncleared:
+                    stripe.backend.clear()
+                    stripe.uncleared = False
             result = call(stripe.backend)
         except BackendUnavailableError as error:
             stripe.failed(operation)
@@ -359,9 +367,10 @@ class StripedBackend:
             self._try(stripe, "sync", lambda backend: backend.sync())
 
     def clear(self) -> None:
-        """See :class:`lmkv.backends.base.Clearable`."""
+        """See :class:`lmkv.backends.base.Clearable`. A directory that fails gives nothing until it was cleared."""
         for stripe in self._stripes:
-            self._try(stripe, "clear", lambda backend: backend.clear())
+            stripe.uncleared = True
+            self._try(stripe, "clear", lambda backend: backend.count())
 
     def _check(self) -> None:
         for stripe in self._stripes:

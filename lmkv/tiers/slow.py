@@ -410,12 +410,22 @@ class SlowTier:
 
         return self._guarded("sync", sync, False) and done
 
-    def clear(self) -> None:
-        """Drop everything the backend can drop, within the deadline; until that is done nothing is found here."""
+    def forget_waiting(self) -> None:
+        """Give up what waits to be written, for a clear: no flush has to tell of that."""
+        self.writer.drop_oldest(len(self.writer), "the store was cleared")
+        self.given_up.forgive()
+
+    def clear(self) -> bool:
+        """Drop everything, within the deadline; until that is done nothing is found here. Whether it was done."""
         if isinstance(self.backend, Clearable):
             self._uncleared = True
             self.writer.put([Write(None, None)])  # done where writes are done, so that none under way comes later
+        elif not isinstance(self.backend, ReadOnly):
+            reason = "the storage has no way to drop everything: what it holds is found again"
+            self._emit("tier_failed", self.name, operation="clear", reason=reason)
+            return False
         self.writer.flush(self.deadline)
+        return not self._uncleared
 
     def _cleared(self) -> bool:
         """Whether nothing is here any more from before it was to be cleared; sees to that, beside the caller, if not."""

@@ -18,6 +18,7 @@ from lmkv.backends.disk import shares
 from lmkv.backends.lmdb_disk import LmdbBackend
 from lmkv.backends.stripes import StripedBackend
 from lmkv.cli import main
+from lmkv.errors import BackendUnavailableError
 from lmkv.testing import BackendSuite
 from lmkv.testing._chunks import Chunk, text_chunks
 
@@ -297,3 +298,29 @@ def test_settings(tmp_path: Path) -> None:
     with pytest.raises(lmkv.ConfigError, match=r"it holds 'letter\.txt'"):
         open_at(tmp_path)
     assert not (tmp_path / "1" / "data.mdb").exists()
+
+
+def test_a_directory_that_fails_while_all_are_cleared_is_cleared_before_it_gives_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path) as store:
+        texts = [text(number) for number in range(12)]
+        for tokens in texts:
+            keep(store, tokens)
+        backend = store._slow[0].backend
+        assert isinstance(backend, StripedBackend)
+        stripe = next(each for each in backend._stripes if each.backend.count())
+
+        def broken() -> None:
+            raise BackendUnavailableError("the device fails")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stripe.backend, "clear", broken)
+            store.clear()
+        stripe._until = 0.0  # what it waits for is over
+        assert [store.lookup(tokens).hit_tokens for tokens in texts] == [0] * 12
+        assert sum(counts(backend)) == 0
+        keep(store, texts[0])
+        store._ram.clear()
+        assert known_kv.fetch(store, texts[0]) == 40
+        store._check()
