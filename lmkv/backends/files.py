@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
-import shutil
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +24,8 @@ __all__ = ["FilesBackend"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DIGITS = "0123456789abcdef"
 _UNFINISHED = ".part"
+#: Names of values, and of unfinished ones.
+_OURS = re.compile(r"[0-9a-f]{32}(\.[0-9a-f]{16}\.part)?")
 
 
 class FilesBackend:
@@ -155,8 +157,7 @@ class FilesBackend:
 
     def _remove(self, keys: Sequence[ChunkKey]) -> None:
         for key in keys:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path(key))
+            self._unlink(self._path(key))
 
     def delete_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
@@ -164,12 +165,21 @@ class FilesBackend:
             self._remove(keys)
 
     def clear(self) -> None:
-        """See :class:`lmkv.backends.base.Clearable`: every file, unfinished ones of dead writers included."""
+        """See :class:`lmkv.backends.base.Clearable`: every value, unfinished ones of dead writers included, and nothing else
+        that lies there."""
         with self._translated():
             for first in _DIGITS:
                 for second in _DIGITS:
-                    with contextlib.suppress(FileNotFoundError):
-                        shutil.rmtree(self._folder / (first + second))
+                    folder = self._folder / (first + second)
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        for name in os.listdir(folder):
+                            if _OURS.fullmatch(name) and name.startswith(folder.name):
+                                self._unlink(folder / name)
+
+    @staticmethod
+    def _unlink(path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
     def close(self) -> None:
         """See :class:`lmkv.backends.base.Backend`."""

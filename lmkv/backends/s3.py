@@ -40,6 +40,8 @@ _KNOWN = frozenset(
 )
 _LEAST_PART = 5 * 1024**2
 _TRUE = ("true", "yes", "on", "1")
+#: A value's object behind the prefix.
+_OURS = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}")
 
 
 class S3Backend:
@@ -217,10 +219,13 @@ class S3Backend:
         self._each("delete", [partial(delete, self._path(key)) for key in keys], None, self._deadline)
 
     def clear(self) -> None:
-        """See :class:`lmkv.backends.base.Clearable`: every object behind the prefix."""
+        """See :class:`lmkv.backends.base.Clearable`: every value behind the prefix, and nothing else that lies there."""
+        begin = len(self._folder) + 1 if self._folder else 0
         try:
             for batch in self._obstore.list(self._store, prefix=self._folder or None, chunk_size=500):
-                self._obstore.delete(self._store, [item["path"] for item in batch])
+                paths = [item["path"] for item in batch if _OURS.fullmatch(item["path"], begin)]
+                if paths:
+                    self._obstore.delete(self._store, paths)
         except Exception as error:  # the library's errors have no narrower base than this
             raise BackendError(f"{self._shown}: clear: {_reason(error)}") from None
 

@@ -77,3 +77,20 @@ def test_a_full_file_system_is_a_capacity_error_and_leaves_nothing(tmp_path: Pat
 def test_wrong_urls_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"shared directory|file:///mnt/shared/kv"):
         open_backend("file", BackendSettings("remote", LAYOUT, url=url))
+
+
+def test_clear_leaves_what_is_not_a_value(tmp_path: Path) -> None:
+    backend, within = open_at(tmp_path), open_at(tmp_path / "6b")
+    assert isinstance(backend, Clearable)
+    for each in (backend, within):
+        each.write_many([KEY], [memoryview(b"value")])
+    unfinished = tmp_path / "6b" / f"{KEY.hex()}.{'0' * 16}.part"
+    unfinished.write_bytes(b"val")
+    foreign = [tmp_path / "notes.txt", tmp_path / "6b" / "notes.txt", tmp_path / "ab", tmp_path / "6b" / ("0" * 32)]
+    for path in foreign:
+        path.write_bytes(b"somebody else's")
+    backend.clear()
+    assert backend.contains_many([KEY]) == [False]
+    assert within.contains_many([KEY]) == [True]
+    assert not unfinished.exists()
+    assert all(path.exists() for path in foreign)

@@ -129,12 +129,19 @@ def test_a_storage_without_conditions_is_told_them_once(server: weed.S3Server) -
 
 def test_clear_removes_its_own_prefix_only(backend: Any, server: weed.S3Server) -> None:
     other = open_backend("s3", settings(server.url("other"), **LOGIN))
-    for each in (backend, other):
+    within = open_backend("s3", settings(server.url("test_clear_removes_its_own_prefix_only/within"), **LOGIN))
+    for each in (backend, other, within):
         each.write_many([key(i) for i in range(50)], [memoryview(b"v")] * 50)
+    foreign = [f"{backend._folder}/notes.txt", f"{backend._folder}/ab/notes.txt", f"{backend._folder}/ab/" + "ab" * 17]
+    for path in foreign:
+        backend._obstore.put(backend._store, path, b"somebody else's")
     backend.clear()
     assert not any(backend.contains_many([key(i) for i in range(50)]))
-    assert all(other.contains_many([key(i) for i in range(50)]))
-    other.close()
+    for each in (other, within):
+        assert all(each.contains_many([key(i) for i in range(50)]))
+        each.close()
+    for path in foreign:
+        assert backend._obstore.head(backend._store, path)["size"] > 0
 
 
 def test_the_usual_variables_are_credentials(server: weed.S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
