@@ -78,7 +78,7 @@ reservation.abort()
 for tokens in TEXTS[:6]:
     assert known_kv.fetch(store, tokens) == 64
 keep(store, TEXTS[6:])
-assert store.flush(60)
+assert store._slow[0].flush(60)  # whatever RAM gave up
 store._check()
 store.close()
 print("good")
