@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import select
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -170,17 +172,22 @@ class Wire:
         with self._lock:
             if self._closed:
                 raise StoreClosedError(f"{self.url}: expected an open client; it was closed")
-            if self._idle:
-                return self._idle.pop(), True
+            while self._idle:
+                connection = self._idle.pop()
+                if _at_rest(connection):
+                    return connection, True
+                connection.close()
         if self._https:
             context = ssl.create_default_context()
             return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=context), False
         return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout), False
 
     def _give_back(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
-        response.read()  # nothing, or what a well-behaved service would not have sent
+        whole = False
+        with contextlib.suppress(*_BROKEN):
+            whole = not response.read()  # else it is what a well-behaved service would not have sent
         with self._lock:
-            if not self._closed and not response.will_close and len(self._idle) < _MOST_IDLE:
+            if whole and not self._closed and not response.will_close and len(self._idle) < _MOST_IDLE:
                 self._idle.append(connection)
                 return
         connection.close()
@@ -192,3 +199,13 @@ class Wire:
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
+
+
+def _at_rest(connection: http.client.HTTPConnection) -> bool:
+    """Whether an idle connection stands, and nothing has come that nobody asked for: it would be taken for the next answer."""
+    sock = connection.sock
+    if sock is None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)

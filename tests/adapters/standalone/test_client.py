@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -254,3 +255,35 @@ def test_one_client_in_many_threads(running: Any, text: Text, make_kv: Make) -> 
         for thread in threads:
             thread.join(60)
     assert not failures
+
+
+def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one() -> None:
+    """As of a proxy that says 408 on a connection at rest, or sends an answer twice."""
+    sent = threading.Event()
+
+    def answer(status: bytes, text: bytes) -> bytes:
+        return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(text), text)
+
+    def serve(listening: socket.socket) -> None:
+        for unasked in (answer(b"408 Request Timeout", b"{}"), answer(b"200 OK", b'{"status": "stale"}'), b""):
+            connection, _ = listening.accept()
+            with connection:
+                while not connection.recv(65536).endswith(b"\r\n\r\n"):
+                    pass
+                connection.sendall(answer(b"200 OK", b'{"status": "ok"}'))
+                if unasked:
+                    assert sent.wait(30)
+                    sent.clear()
+                    connection.sendall(unasked)
+                    with contextlib.suppress(ConnectionError):
+                        connection.recv(1)  # until the client ends it
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        with StoreClient(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout_seconds=30) as client:
+            for _ in range(2):
+                assert client.health()
+                (idle,) = client._wire._idle
+                sent.set()
+                assert select.select([idle.sock], [], [], 30)[0], "the answer that nobody asked for"
+            assert client.health()
