@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import remotes
 
 import lmkv
+from lmkv.index import Node
 
 LAYOUT = lmkv.KVLayout.dense(layers=2, heads=2, head_size=64, dtype="float16", chunk_tokens=16)
 TEXT, OTHER = list(range(70)), list(range(500, 570))
@@ -153,3 +154,42 @@ def test_what_a_remote_tier_answered_before_is_not_believed(register: Callable[[
         assert store.lookup(TEXT).wait(60).hit_tokens == 70
         assert store.clear()
         assert store.lookup(TEXT).wait(60).hit_tokens == 0
+
+
+def test_a_long_text_is_cleared_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever counts the chunks before each chunk takes minutes, under the lock."""
+    small = lmkv.KVLayout.dense(layers=1, heads=1, head_size=4, dtype="float16", chunk_tokens=4)
+    with lmkv.Store(lmkv.StoreConfig(ram_capacity=32 << 20, disk_capacity=0), small) as store:
+        texts = [list(range(4000)), [*range(2000), *range(5000, 7000)]]
+        for tokens in texts:
+            with store.reserve(tokens) as reservation:
+                reservation.commit()
+        lease = store.lease(store.lookup(texts[0][:40]))
+        steps = 0
+        index = type(store._ram.index)
+        chain, children = index.chain, Node.iter_children
+
+        def counted_chain(self: Any, node: Node) -> list[Node]:
+            nonlocal steps
+            found = chain(self, node)
+            steps += len(found)
+            return found
+
+        def counted_children(self: Node) -> Iterator[Node]:
+            nonlocal steps
+            for child in children(self):
+                steps += 1
+                yield child
+
+        monkeypatch.setattr(index, "chain", counted_chain)
+        monkeypatch.setattr(Node, "iter_children", counted_children)
+        chunks = len(store._ram.index)
+        assert chunks == 1500
+        store.clear()
+        assert steps < 4 * chunks
+        monkeypatch.undo()
+        store._check()
+        assert (len(store._ram.index), store._ram.detached) == (0, 10)
+        lease.release()
+        assert store._ram.detached == 0
+        store._check()

@@ -275,8 +275,15 @@ class RamTier:
 
     def clear(self) -> int:
         """Drop every chunk, extensions first; returns how many are pinned: their slots are freed when their pins are gone."""
-        for node in sorted(self.index, key=lambda node: -len(self.index.chain(node))):
-            if node.pins:
+        left = list(self.index)
+        while left:
+            node = left.pop()
+            if node.slot < 0:  # it went as an extension of another
+                continue
+            if node.children is not None:
+                left.append(node)
+                left.extend(node.iter_children())
+            elif node.pins:
                 self._detached[id(node)] = node.slot
                 self._forget(node)
             else:
