@@ -106,3 +106,18 @@ def test_files_of_a_removed_directory_are_closed(tmp_path: Path) -> None:
             shutil.rmtree(path)
             assert store.lookup(MINE).hit_tokens == 0
             assert not [name for name in open_files() if str(path) in name]
+
+
+def test_who_has_not_noticed_yet_makes_no_segments_in_the_other_ones_directory(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    with opened(path, breaker_failures=100) as store:
+        keep(store, MINE)
+        files = store._slow[0].backend._directory.files
+        files.let_go()
+        shutil.rmtree(path)
+        other_process(path)
+        before = {segment.name: segment.read_bytes()[:4096] for segment in path.glob("segment-*.kv")}
+        for number in range(3):
+            with pytest.raises(OSError, match="made anew"):
+                files.make(number)
+        assert {segment.name: segment.read_bytes()[:4096] for segment in path.glob("segment-*.kv")} == before

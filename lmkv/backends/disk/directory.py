@@ -223,7 +223,7 @@ class Directory:
                 ident = self._check_meta(txn, meta, self.plan)
                 geometry = Geometry.unpack(bytes(txn.get(b"geometry", db=meta)))
                 self.index = RecordIndex(self.env, txn, meta, geometry, settings.layout.chunk_tokens)
-        self.files = SegmentFiles(settings.path, ident, geometry, settings.direct, settings.depth)
+        self.files = SegmentFiles(settings.path, ident, geometry, settings.direct, settings.depth, lambda: self.replaced)
         self.slots = Slots(
             settings.path,
             self.index,

@@ -88,12 +88,22 @@ class SegmentFiles:
         geometry: of the segments.
         direct: past the page cache: yes, no, or ``None`` for "where the file system can".
         depth: transfers in flight at once.
+        replaced: whether another directory is at the path by now.
 
     Raises:
         ConfigError: ``direct`` is asked for where it is not to be had.
     """
 
-    def __init__(self, path: str, ident: bytes, geometry: Geometry, direct: bool | None, depth: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        ident: bytes,
+        geometry: Geometry,
+        direct: bool | None,
+        depth: int,
+        replaced: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._replaced = replaced
         self.geometry = geometry
         self.direct = direct is not False and _can_be_direct(os.path.join(path, "data.mdb"))
         if direct and not self.direct:
@@ -182,7 +192,7 @@ class SegmentFiles:
         """Have a segment's file there, with all its bytes allocated. What is in its slots stays.
 
         Raises:
-            OSError: the file system has no room or refuses, or the file is another directory's.
+            OSError: the file system has no room or refuses, or another directory is at the path by now.
         """
         with self._lock:
             self._to_write(number)
@@ -192,6 +202,8 @@ class SegmentFiles:
         fd = self._known(number)
         if fd is not None:
             return fd
+        if self._replaced():  # or else this would write over the segments of the one that is there now
+            raise OSError(errno.ESTALE, f"the directory of {segment_name(number)} was removed or made anew")
         path = self._file(number)
         with contextlib.suppress(FileNotFoundError):
             state = os.lstat(path)
@@ -200,7 +212,6 @@ class SegmentFiles:
         fd = self._open(number, _OPEN | os.O_CREAT)
         try:
             if not self._checked(number, fd):
-                self._refuse_others(number, fd)
                 self._allocate(fd)
                 page = mmap.mmap(-1, PAGE)
                 page[:] = self._header(number)
@@ -212,16 +223,6 @@ class SegmentFiles:
             raise
         self._fds[number] = fd
         return fd
-
-    def _refuse_others(self, number: int, fd: int) -> None:
-        """A directory that was made anew at this path meanwhile has segments of its own."""
-        page = mmap.mmap(-1, PAGE)
-        if os.preadv(fd, [page], 0) < PAGE:
-            return
-        magic, *_, ident = _HEADER.unpack_from(page)
-        whole = page[_HEADER.size : _HEADER.size + 8] == struct.pack("<Q", xxhash.xxh3_64_intdigest(page[: _HEADER.size]))
-        if magic == _MAGIC and whole and ident != self._ident:
-            raise OSError(errno.ESTALE, f"{segment_name(number)} is another directory's, which was made here meanwhile")
 
     def _allocate(self, fd: int) -> None:
         size = self.geometry.segment_bytes
