@@ -86,7 +86,7 @@ class Shelf:
                 self._promised -= cost
                 self.counts["refused"] += 1
             return None
-        return memoryview(room)
+        return room
 
     def release(self, room: memoryview) -> None:
         """Give room back unused."""

@@ -263,13 +263,15 @@ MIB = 1 << 20
 
 def test_rooms_of_the_last_size_are_made_ready() -> None:
     spares = Spares(4 * MIB)
-    assert len(spares.take(MIB)) == MIB
+    first = spares.take(MIB)
+    assert len(first) == MIB
     servers.until(lambda: len(spares._ready) == 4)
     rooms = [spares.take(MIB) for _ in range(6)]  # more than there are
-    assert len({room.ctypes.data for room in rooms}) == 6, "one room was given out twice"
+    assert len({np.frombuffer(room, np.uint8).ctypes.data for room in rooms}) == 6, "one room was given out twice"
     servers.until(lambda: len(spares._ready) == 4)
     assert spares._held == 4 * MIB
-    assert len(spares.take(MIB + 1)) == MIB + 1
+    other = spares.take(MIB + 1)
+    assert len(other) == MIB + 1
     servers.until(lambda: [len(room) for room in spares._ready] == [MIB + 1] * 3)
     assert spares._held == 3 * (MIB + 1)
 
@@ -295,8 +297,40 @@ def test_no_memory_to_make_ready_ends_nothing(monkeypatch: pytest.MonkeyPatch) -
     servers.until(lambda: not spares._size)
     assert not spares._ready
     failing[0] = False
-    assert len(spares.take(MIB)) == MIB
+    room = spares.take(MIB)
+    assert len(room) == MIB
     servers.until(lambda: len(spares._ready) == 4)
+
+
+def test_memory_is_used_again_when_its_last_use_ends() -> None:
+    spares = Spares(4 * MIB)
+    room = spares.take(MIB)
+    part, where = room[MIB // 2 :], np.frombuffer(room, np.uint8).ctypes.data
+    servers.until(lambda: len(spares._ready) == 4)
+    del room
+    others = [spares.take(MIB) for _ in range(4)]
+    assert where not in {np.frombuffer(other, np.uint8).ctypes.data for other in others}, "a part of it is in use"
+    servers.until(lambda: len(spares._ready) == 4)
+    others += [spares.take(MIB)]
+    del part
+    assert len(spares._back) == 1
+    again = spares.take(MIB)
+    assert np.frombuffer(again, np.uint8).ctypes.data == where
+    del again
+    spares.take(MIB + 1)
+    assert all(len(memory) == MIB + 1 for memory in spares._back), "of another size, it is of no use"
+
+
+def test_what_is_being_read_stays_while_its_key_is_replaced() -> None:
+    shelf = Shelf(16 * MIB, "lru", 4 * MIB)
+    shelf.put(b"a", Value(room_of(shelf, b"a" * MIB), 1, 2, (0, 0, 0, 0)))
+    kept = shelf.get(b"a")
+    assert kept is not None
+    for byte in range(32):
+        shelf.put(b"a", Value(room_of(shelf, bytes([byte]) * MIB), 1, 2, (0, 0, 0, 0)))
+        shelf.put(b"%d" % byte, Value(room_of(shelf, bytes([byte]) * MIB), 1, 2, (0, 0, 0, 0)))
+    assert kept.data == b"a" * MIB
+    shelf._check()
 
 
 def test_what_is_ready_is_part_of_the_quota() -> None:
