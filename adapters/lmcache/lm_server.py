@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lmkv.backends.lm_window import WINDOW_BYTES, WINDOW_KEY, LmWire, give
 from lmkv.backends.lm_wire import (
     GREETING,
     REQUEST_BYTES,
@@ -30,7 +31,7 @@ from lmkv.backends.lm_wire import (
     local_name,
     prepare,
 )
-from lmkv.backends.redis.wire import Wire, WireError
+from lmkv.backends.redis.wire import WireError
 
 from .behind import Behind
 from .shelf import Shelf, Value
@@ -160,18 +161,21 @@ class LmServer:
             threading.Thread(target=self._serve, args=(sock, who), name=f"lmkv-serve-{who}", daemon=True).start()
 
     def _serve(self, sock: socket.socket, who: str) -> None:
+        wire = LmWire(sock, _FOREVER)
         try:
             with contextlib.suppress(OSError):
                 prepare(sock, listened=True)
-            self._talk(Wire(sock, _FOREVER), who, self._greeting if self._is_local(sock) else _HEALTHY)
+            self._talk(wire, sock, who)
             self._part(sock)
-        except OSError as error:
+        except (OSError, HeaderError) as error:
             if not self._closed:
                 self._tell(f"{who}: {error}")
         finally:
             with self._lock:
                 self._open.discard(sock)
             sock.close()
+            if wire.window is not None:
+                self.shelf.lend(-WINDOW_BYTES)
 
     def _is_local(self, sock: socket.socket) -> bool:
         return self._local is not None and (sock.family == self._local.family or is_local(sock))
@@ -186,22 +190,24 @@ class LmServer:
             while time.monotonic() < end and sock.recv(1 << 16):
                 pass
 
-    def _talk(self, wire: Wire, who: str, healthy: bytes) -> None:
-        """Requests until the client ends the connection between two of them; ``healthy`` answers HEALTH.
+    def _talk(self, wire: LmWire, sock: socket.socket, who: str) -> None:
+        """Requests until the client ends the connection between two of them.
 
         Raises:
             WireError: it ended within one, or was too slow.
+            HeaderError: it is out of step within a value.
         """
+        healthy = self._greeting if self._is_local(sock) else _HEALTHY
         trusted = not self.limits.token
         head = memoryview(bytearray(REQUEST_BYTES))
         while True:
             wire.allow(time.monotonic() + _FOREVER)
             try:
-                wire.take(head[:1])
+                begun = wire.begin(head)
             except WireError:
                 return
             wire.allow(time.monotonic() + self.limits.patience_seconds)
-            wire.take(head[1:])
+            wire.take(head[begun:])
             try:
                 request = Request.unpack(head)
             except HeaderError as error:
@@ -216,10 +222,30 @@ class LmServer:
                 self._tell(f"{who}: showed no valid token; its connection is ended")
                 wire.send(_FAIL)
                 return
+            elif request.command == Command.HEALTH and request.key == WINDOW_KEY:
+                if not self._give_window(wire, sock):
+                    wire.send(healthy)
             else:
                 self._answer(wire, request, who, healthy)
 
-    def _answer(self, wire: Wire, request: Request, who: str, healthy: bytes) -> None:
+    def _give_window(self, wire: LmWire, sock: socket.socket) -> bool:
+        """Whether the connection has a window from now on: clients of this machine ask for one, and memory has to be left."""
+        if self._local is None or sock.family != self._local.family or wire.window is not None:
+            return False
+        if not self.shelf.lend(WINDOW_BYTES):
+            return False
+        try:
+            wire.window = give(sock)
+        except WireError:
+            raise
+        except (OSError, ValueError) as error:
+            self._tell(f"a local client gets no window: {error}")
+        finally:
+            if wire.window is None:
+                self.shelf.lend(-WINDOW_BYTES)
+        return wire.window is not None
+
+    def _answer(self, wire: LmWire, request: Request, who: str, healthy: bytes) -> None:
         if request.command == Command.PUT:
             self._put(wire, request, who)
         elif request.command == Command.GET:
@@ -228,7 +254,7 @@ class LmServer:
                 wire.send(_FAIL)
             else:
                 head = Answer(Code.SUCCESS, len(value.data), value.fmt, value.dtype, value.shape)
-                wire.send(head.pack(), value.data)
+                wire.send_value(head.pack(), value.data)
         elif request.command == Command.EXIST:
             there = self.shelf.contains(request.key) or (self._behind is not None and self._behind.contains(request.key))
             wire.send(_FOUND if there else _FAIL)
@@ -259,7 +285,7 @@ class LmServer:
             if self._behind is not None:
                 self._behind.remove(key)
 
-    def _put(self, wire: Wire, request: Request, who: str) -> None:
+    def _put(self, wire: LmWire, request: Request, who: str) -> None:
         """Take a value, or let it pass. What stood under the key before is gone in both cases: it is out of date."""
         wrong = request.mismatch()
         if not wrong and request.length > self.limits.most_bytes:
@@ -269,16 +295,16 @@ class LmServer:
                 self._tell(f"{who}: a value is not kept: {wrong}")
                 self.shelf.count("refused")
             self._forget(request.key)
-            wire.skip(request.length)
+            wire.skip_value(request.length)
             return
         room = self.shelf.reserve(request.length)
         if room is None:
             self._tell(f"{who}: a value is not kept: {request.length} bytes do not fit into {self.shelf.capacity}")
             self._forget(request.key)
-            wire.skip(request.length)
+            wire.skip_value(request.length)
             return
         try:
-            wire.take(room)
+            wire.take_value(room)
             wire.acknowledge()  # LMCache's connector does not switch Nagle's gathering off: its next question would wait 40 ms
             value = Value(room, request.fmt, request.dtype, request.shape)
         except BaseException:

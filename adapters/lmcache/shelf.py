@@ -50,7 +50,7 @@ class Shelf:
         self._spares = Spares(ahead)
         self._policy = make_policy(policy, max(1, capacity // _USUAL_BYTES))
         self._values: dict[ChunkKey, Value] = {}
-        self._used = self._promised = 0
+        self._used = self._promised = self._lent = 0
         self._lock = threading.Lock()
         self.counts = dict.fromkeys(("puts", "refused", "hits", "misses", "evicted"), 0)
 
@@ -69,16 +69,9 @@ class Shelf:
         """
         cost = self._cost(size)
         with self._lock:
-            if self._promised + cost > self.capacity:
+            if not self._promise(cost):
                 self.counts["refused"] += 1
                 return None
-            while self._used + self._promised + cost > self.capacity:
-                (victim,) = self._policy.victims(1, ()) or [None]
-                if victim is None:  # what is not promised is held, so there is one
-                    raise AssertionError(f"expected a value to evict: {self._used} bytes are held")
-                self._drop(victim)
-                self.counts["evicted"] += 1
-            self._promised += cost
         try:
             room = self._spares.take(size)
         except MemoryError:
@@ -87,6 +80,30 @@ class Shelf:
                 self.counts["refused"] += 1
             return None
         return room
+
+    def _promise(self, cost: int) -> bool:
+        if self._promised + cost > self.capacity:
+            return False
+        while self._used + self._promised + cost > self.capacity:
+            (victim,) = self._policy.victims(1, ()) or [None]
+            if victim is None:  # what is not promised is held, so there is one
+                raise AssertionError(f"expected a value to evict: {self._used} bytes are held")
+            self._drop(victim)
+            self.counts["evicted"] += 1
+        self._promised += cost
+        return True
+
+    def lend(self, size: int) -> bool:
+        """Take that much of the capacity for something else than values; a negative size gives it back.
+
+        ``False`` where more than an eighth would be lent, and then nothing was.
+        """
+        with self._lock:
+            if size > 0 and (self._lent + size > self.capacity // 8 or not self._promise(size)):
+                return False
+            self._lent += size
+            self._promised += min(size, 0)
+            return True
 
     def release(self, room: memoryview) -> None:
         """Give room back unused."""
@@ -138,6 +155,6 @@ class Shelf:
     def _check(self) -> None:
         assert self._used == sum(self._cost(len(value.data)) for value in self._values.values())
         assert set(self._policy) == set(self._values)
-        assert self._promised >= 0
+        assert self._promised >= self._lent >= 0
         assert self._used + self._promised <= self.capacity
         self._policy._check()

@@ -21,6 +21,7 @@ from ..chunks import ChunkKey
 from ..config import read_secret
 from ..errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
 from .base import BackendSettings, shown_url
+from .lm_window import LmWire, Window, join
 from .lm_wire import (
     ANSWER_BYTES,
     BINARY,
@@ -38,7 +39,7 @@ from .lm_wire import (
     local_name,
     prepare,
 )
-from .redis.wire import Wire, WireError
+from .redis.wire import WireError
 
 __all__ = ["LmBackend"]
 
@@ -47,7 +48,7 @@ _KNOWN = ("prefix", "token", "token_env", "token_file")
 #: leaves it to the kernel to put its answers together, which then waits 40 ms for an acknowledgement: it is asked one by one.
 _QUESTIONS = 64
 #: Values that are asked for before they are received, of ``lmkv serve``.
-_WINDOW = 2
+_AHEAD = 2
 #: Keys that were deleted where the server still has a value of no bytes.
 _MOST_GONE = 1 << 16
 #: Names of a key, by the version of LMCache that takes them apart: from 0.3.15 on, and before.
@@ -66,12 +67,14 @@ class _Connection:
     Args:
         form: how keys are named for this server.
         ours: whether ``lmkv serve`` is there.
+        window: that values go through, by a Unix socket only.
         fresh: whether it was made for this call; one that rested may have been ended by the server meanwhile.
     """
 
     sock: socket.socket
     form: bytes
     ours: bool
+    window: Window | None = None
     fresh: bool = True
 
 
@@ -139,7 +142,7 @@ class LmBackend:
             ours = answer.shape[0] == GREETING
             # of another port is a proxy there, which somebody wants in between
             if ours and answer.shape[1] == self._address[1] and any(answer.shape[2:]) and is_local(sock):
-                sock = self._local(sock, form, answer, until)
+                return self._local(sock, form, answer, until)
             return _Connection(sock, form, ours)
         except BaseException:
             sock.close()
@@ -149,7 +152,7 @@ class LmBackend:
         """The greeting's answer; ``None`` if the server ends the connection over it."""
         prepare(sock)
         sock.settimeout(0)  # which is how a wire leaves it, so that a look at a connection at rest does not wait
-        wire = Wire(sock, until)
+        wire = LmWire(sock, until)
         key = TOKEN_KEY + self._token if self._token else form % (self._prefix, b"0")
         wire.send(Request(Command.HEALTH, key).pack())
         try:
@@ -163,7 +166,7 @@ class LmBackend:
         wire.rest()
         return answer
 
-    def _local(self, tcp: socket.socket, form: bytes, answer: Answer, until: float) -> socket.socket:
+    def _local(self, tcp: socket.socket, form: bytes, answer: Answer, until: float) -> _Connection:
         """The server's Unix socket in place of ``tcp``, if it can be reached from here."""
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -171,12 +174,15 @@ class LmBackend:
             sock.connect(local_name((answer.shape[2], answer.shape[3])))
             found = self._hello(sock, form, until)
             if found is not None and found.shape == answer.shape:
+                sock.settimeout(max(0.001, until - time.monotonic()))
+                window = join(sock)
+                sock.settimeout(0)
                 tcp.close()
-                return sock
-        except OSError:
+                return _Connection(sock, form, True, window)
+        except (OSError, HeaderError):
             pass  # another network namespace
         sock.close()
-        return tcp
+        return _Connection(tcp, form, True)
 
     def _connect(self, until: float) -> _Connection:
         for form in sorted(_FORMS, key=lambda form: form != self._form):
@@ -211,11 +217,11 @@ class LmBackend:
             found.sock.close()
 
     @contextlib.contextmanager
-    def _wire(self, until: float) -> Iterator[tuple[Wire, _Connection]]:
+    def _wire(self, until: float) -> Iterator[tuple[LmWire, _Connection]]:
         """A connection, kept for the next call unless the block fails."""
         connection = self._take(until)
         try:
-            wire = Wire(connection.sock, until)
+            wire = LmWire(connection.sock, until, connection.window)
             yield wire, connection
             wire.rest()
         except BaseException:
@@ -227,7 +233,7 @@ class LmBackend:
                 return
         connection.sock.close()
 
-    def _call(self, step: Callable[[Wire, _Connection], None], until: float = 0.0) -> None:
+    def _call(self, step: Callable[[LmWire, _Connection], None], until: float = 0.0) -> None:
         """``step`` over a connection, within the deadline; once more if one that rested turns out to be of no use."""
         if self._closed:
             raise StoreClosedError("expected an open backend; it was closed")
@@ -249,12 +255,12 @@ class LmBackend:
         return form % (self._prefix, key.hex().encode())
 
     @staticmethod
-    def _answer(wire: Wire) -> Answer:
+    def _answer(wire: LmWire) -> Answer:
         head = bytearray(ANSWER_BYTES)
-        wire.take(memoryview(head))
+        wire.head(memoryview(head))
         return Answer.unpack(head)
 
-    def _ask(self, wire: Wire, connection: _Connection, keys: Sequence[ChunkKey]) -> list[bool]:
+    def _ask(self, wire: LmWire, connection: _Connection, keys: Sequence[ChunkKey]) -> list[bool]:
         there: list[bool] = []
         at_once = _QUESTIONS if connection.ours else 1
         for begin in range(0, len(keys), at_once):
@@ -263,10 +269,10 @@ class LmBackend:
             there += [self._answer(wire).code == Code.SUCCESS for _ in some]
         return there
 
-    def _put(self, wire: Wire, form: bytes, key: ChunkKey, value: memoryview | bytes) -> None:
+    def _put(self, wire: LmWire, form: bytes, key: ChunkKey, value: memoryview | bytes) -> None:
         size = len(value)
         head = Request(Command.PUT, self._name(form, key), size, BINARY, 0, (size, 0, 0, 0))
-        wire.send(head.pack(), value)
+        wire.send_value(head.pack(), value)
 
     def _remember_gone(self, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
@@ -289,7 +295,7 @@ class LmBackend:
         """
         there: list[bool] = []
 
-        def step(wire: Wire, connection: _Connection) -> None:
+        def step(wire: LmWire, connection: _Connection) -> None:
             there[:] = self._ask(wire, connection, keys)
 
         if keys:
@@ -306,15 +312,22 @@ class LmBackend:
         sizes: list[int | None] = [None] * len(keys)
         done = 0
 
-        def step(wire: Wire, connection: _Connection) -> None:
+        def step(wire: LmWire, connection: _Connection) -> None:
             nonlocal done
             sent = done
-            window = _WINDOW if connection.ours else 1
-            while done < len(keys):
-                while sent < min(done + window, len(keys)):
+            # through a window the next one is asked for when this one has been announced: the server listens to marks till then
+            ahead = _AHEAD if connection.ours and connection.window is None else 1
+
+            def ask() -> None:
+                nonlocal sent
+                if sent < len(keys):
                     wire.send(Request(Command.GET, self._name(connection.form, keys[sent])).pack())
                     sent += 1
-                sizes[done] = self._receive(wire, out[done])
+
+            while done < len(keys):
+                while sent < min(done + ahead, len(keys)):
+                    ask()
+                sizes[done] = self._receive(wire, out[done], ask)
                 done += 1
 
         until = time.monotonic() + self._deadline
@@ -329,15 +342,15 @@ class LmBackend:
         return sizes
 
     @classmethod
-    def _receive(cls, wire: Wire, out: memoryview) -> int | None:
+    def _receive(cls, wire: LmWire, out: memoryview, announced: Callable[[], None]) -> int | None:
         answer = cls._answer(wire)
         if answer.code != Code.SUCCESS or not answer.length:
             return None
         if answer.length > len(out):
-            wire.skip(answer.length)
+            wire.skip_value(answer.length)
             return None
         try:
-            wire.take(out[: answer.length])
+            wire.take_value(out[: answer.length], announced)
         except WireError as error:
             raise _TornError(str(error)) from None
         return answer.length
@@ -349,7 +362,7 @@ class LmBackend:
             raise CapacityError(f"{self._shown}: expected values of at most {MOST_BYTES} bytes; got {too_long[0]}")
         there: list[bool] = []
 
-        def step(wire: Wire, connection: _Connection) -> None:
+        def step(wire: LmWire, connection: _Connection) -> None:
             for key, piece in zip(keys, data, strict=True):
                 self._put(wire, connection.form, key, piece)
             there[:] = self._ask(wire, connection, keys)
@@ -365,7 +378,7 @@ class LmBackend:
     def delete_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Backend`. An ``lmcache_server`` keeps the key, with a value of no bytes."""
 
-        def step(wire: Wire, connection: _Connection) -> None:
+        def step(wire: LmWire, connection: _Connection) -> None:
             there = self._ask(wire, connection, keys)
             present = [key for key, found in zip(keys, there, strict=True) if found]
             for key in present:

@@ -14,6 +14,7 @@ import known_kv
 import lm_servers
 import pytest
 import servers
+from lm_servers import open_at
 from proxy import Proxy
 
 import lmkv
@@ -24,19 +25,8 @@ from lmkv.chunks import ChunkKey
 from lmkv.errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
 from lmkv.testing import BackendSuite
 
-LAYOUT = lmkv.KVLayout.dense(layers=1, heads=1, head_size=4, dtype="float32", chunk_tokens=16)
+LAYOUT = lm_servers.LAYOUT
 KEYS = [ChunkKey(bytes([i]) * 16) for i in range(1, 9)]
-
-
-def open_at(port: int, deadline: float = 20.0, told: list[str] | None = None, **options: object) -> Backend:
-    def report(operation: str, reason: str) -> None:
-        if told is not None:
-            told.append(f"{operation}: {reason}")
-
-    url = f"lm://127.0.0.1:{port}"
-    return open_backend(
-        "lm", BackendSettings("remote", LAYOUT, url=url, options=options, deadline_seconds=deadline, report=report)
-    )
 
 
 def fetch(backend: Backend, keys: list[ChunkKey], room: int = 1 << 16) -> list[bytes | None]:

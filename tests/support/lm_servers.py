@@ -7,11 +7,15 @@ import socket
 import struct
 from collections.abc import Iterator
 
+import lmkv
 from lmkv.adapters.lmcache.behind import Behind
 from lmkv.adapters.lmcache.lm_server import LmServer, ServerLimits
 from lmkv.adapters.lmcache.shelf import Shelf
+from lmkv.backends import Backend, BackendSettings, open_backend
 
-__all__ = ["RawClient", "running"]
+__all__ = ["LAYOUT", "RawClient", "open_at", "running"]
+
+LAYOUT = lmkv.KVLayout.dense(layers=1, heads=1, head_size=4, dtype="float32", chunk_tokens=16)
 
 PUT, GET, EXIST, LIST, HEALTH = 1, 2, 3, 4, 5
 
@@ -32,6 +36,18 @@ def running(
         server.shelf._check()
     finally:
         server.close()
+
+
+def open_at(port: int, deadline: float = 20.0, told: list[str] | None = None, **options: object) -> Backend:
+    """LMKV's backend at a server; ``told`` is given what it reports."""
+
+    def report(operation: str, reason: str) -> None:
+        if told is not None:
+            told.append(f"{operation}: {reason}")
+
+    url = f"lm://127.0.0.1:{port}"
+    settings = BackendSettings("remote", LAYOUT, url=url, options=options, deadline_seconds=deadline, report=report)
+    return open_backend("lm", settings)
 
 
 class RawClient:
