@@ -21,12 +21,14 @@ __all__ = ["Spares"]
 _PAGE = 4096
 #: Smaller values come out of memory that the allocator keeps.
 _LEAST = 256 * 1024
+#: Values of other sizes that come one after the other before rooms are made ready for them.
+_MOST_VOTES = 8
 
 Room = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Spares:
-    """Rooms of the size that was asked for last, made ready beside the caller, or given out before and not used any more.
+    """Rooms of the size that is asked for most, made ready beside the caller, or given out before and not used any more.
 
     Args:
         most_bytes: that are ready at a time; 0 for none.
@@ -37,7 +39,7 @@ class Spares:
         self._ready: list[Room] = []
         #: What came back since; without a lock, as the last use may end anywhere.
         self._back: deque[Room] = deque()
-        self._size = 0
+        self._size = self._votes = 0
         self._held = 0
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -51,8 +53,13 @@ class Spares:
         if size < _LEAST or size > self._most:
             return memoryview(np.empty(size, np.uint8))
         with self._change:
-            if size != self._size:  # values of one model are mostly of one size
-                self._size = size
+            if size == self._size:
+                self._votes = min(self._votes + 1, _MOST_VOTES)
+            elif self._votes:  # values of one model are mostly of one size, but for the last one of a text
+                self._votes -= 1
+                return memoryview(np.empty(size, np.uint8))
+            else:
+                self._size, self._votes = size, 1
                 self._ready.clear()
                 self._held = 0
             while self._back:
@@ -99,7 +106,7 @@ class Spares:
                 room: Room = np.empty(size, np.uint8)
             except MemoryError:
                 with self._change:
-                    self._size = 0  # until a value comes again
+                    self._size = self._votes = 0  # until a value comes again
                 continue
             room[::_PAGE] = 0
             with self._change:
