@@ -8,17 +8,21 @@ value that contradicts its own description, or does not fit, is received and dro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import secrets
 import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from lmkv.backends.lm_window import WINDOW_BYTES, WINDOW_KEY, LmWire, give
+from lmkv.backends.lm_shared import LEAST_BYTES, LENT, MARKS, READY, SHARED_KEY, give
 from lmkv.backends.lm_wire import (
+    BINARY,
     GREETING,
     REQUEST_BYTES,
     TOKEN_KEY,
@@ -31,7 +35,7 @@ from lmkv.backends.lm_wire import (
     local_name,
     prepare,
 )
-from lmkv.backends.redis.wire import WireError
+from lmkv.backends.redis.wire import Wire, WireError
 
 from .behind import Behind
 from .shelf import Shelf, Value
@@ -41,7 +45,11 @@ __all__ = ["LmServer", "ServerLimits"]
 #: How long a connection that says nothing may last: for ever, as LMCache's connector never connects again.
 _FOREVER = 10 * 365 * 86400.0
 _PARTING_SECONDS = 1.0
+#: What the system waits for at most; about 24 days, in milliseconds, are an int.
+_LONGEST_WAIT = 20 * 86400.0
 _LOCKS = 64
+#: Rooms, and values, that one client has at a time.
+_MOST_LENT = 2
 _FAIL = Answer(Code.FAIL).pack()
 _FOUND = Answer(Code.SUCCESS).pack()
 _HEALTHY = Answer(Code.SUCCESS, shape=(GREETING, 1, 0, 0)).pack()
@@ -77,6 +85,40 @@ def _beside(port: int) -> tuple[socket.socket | None, bytes]:
         sock.close()
         return None, _HEALTHY
     return sock, Answer(Code.SUCCESS, shape=(GREETING, port, *numbers)).pack()
+
+
+class _Line(Wire):
+    """One client's connection, and what it has of the shelf's memory, if it may write and read there."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, _FOREVER)
+        self.sock = sock
+        self.shared = False
+        #: Rooms that the client fills, oldest first.
+        self.filling: deque[tuple[Request, memoryview]] = deque()
+        #: Values that the client reads, oldest first.
+        self.reading: deque[Value] = deque()
+
+    def begin(self, view: memoryview, filled: Callable[[Request, memoryview], None]) -> int:
+        """Receive the begin of a header; how many bytes. Marks in front of it are acted on.
+
+        Raises:
+            HeaderError: a mark for what is not lent.
+        """
+        while True:
+            got = self._take_ready(view) or self._receive([view], 0)
+            came = bytes(view[:got])
+            rest = came.lstrip(MARKS) if self.shared else came
+            for mark in came[: got - len(rest)]:
+                lent: deque[Any] = self.filling if mark == READY[0] else self.reading
+                if not lent:
+                    raise HeaderError("expected no mark, as nothing is lent")
+                found = lent.popleft()
+                if mark == READY[0]:
+                    filled(*found)
+            if rest:
+                view[: len(rest)] = rest
+                return len(rest)
 
 
 class LmServer:
@@ -161,49 +203,51 @@ class LmServer:
             threading.Thread(target=self._serve, args=(sock, who), name=f"lmkv-serve-{who}", daemon=True).start()
 
     def _serve(self, sock: socket.socket, who: str) -> None:
-        wire = LmWire(sock, _FOREVER)
+        wire = _Line(sock)
         try:
             with contextlib.suppress(OSError):
                 prepare(sock, listened=True)
-            self._talk(wire, sock, who)
+            self._talk(wire, who)
             self._part(sock)
         except (OSError, HeaderError) as error:
             if not self._closed:
                 self._tell(f"{who}: {error}")
         finally:
+            if wire.filling:  # nobody else may have these rooms while the client might write to them
+                self._part(sock, _FOREVER)
             with self._lock:
                 self._open.discard(sock)
             sock.close()
-            if wire.window is not None:
-                self.shelf.lend(-WINDOW_BYTES)
+            for _, room in wire.filling:
+                self.shelf.release(room)
 
     def _is_local(self, sock: socket.socket) -> bool:
         return self._local is not None and (sock.family == self._local.family or is_local(sock))
 
     @staticmethod
-    def _part(sock: socket.socket) -> None:
+    def _part(sock: socket.socket, seconds: float = _PARTING_SECONDS) -> None:
         """Let the client receive what was said last: a connection that is closed over unread bytes takes that back."""
-        end = time.monotonic() + _PARTING_SECONDS
+        end = time.monotonic() + seconds
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(_PARTING_SECONDS)
+            sock.settimeout(min(seconds, _LONGEST_WAIT))
             while time.monotonic() < end and sock.recv(1 << 16):
                 pass
 
-    def _talk(self, wire: LmWire, sock: socket.socket, who: str) -> None:
+    def _talk(self, wire: _Line, who: str) -> None:
         """Requests until the client ends the connection between two of them.
 
         Raises:
             WireError: it ended within one, or was too slow.
-            HeaderError: it is out of step within a value.
+            HeaderError: it gives back what it does not have.
         """
-        healthy = self._greeting if self._is_local(sock) else _HEALTHY
+        healthy = self._greeting if self._is_local(wire.sock) else _HEALTHY
         trusted = not self.limits.token
         head = memoryview(bytearray(REQUEST_BYTES))
         while True:
             wire.allow(time.monotonic() + _FOREVER)
             try:
-                begun = wire.begin(head)
+                begun = wire.begin(head, self._keep)
             except WireError:
                 return
             wire.allow(time.monotonic() + self.limits.patience_seconds)
@@ -222,39 +266,35 @@ class LmServer:
                 self._tell(f"{who}: showed no valid token; its connection is ended")
                 wire.send(_FAIL)
                 return
-            elif request.command == Command.HEALTH and request.key == WINDOW_KEY:
-                if not self._give_window(wire, sock):
+            elif request.command == Command.HEALTH and request.key == SHARED_KEY:
+                if not self._share(wire):
                     wire.send(healthy)
             else:
                 self._answer(wire, request, who, healthy)
 
-    def _give_window(self, wire: LmWire, sock: socket.socket) -> bool:
-        """Whether the connection has a window from now on: clients of this machine ask for one, and memory has to be left."""
-        if self._local is None or sock.family != self._local.family or wire.window is not None:
+    def _share(self, wire: _Line) -> bool:
+        """Whether the client has the shelf's memory now, and had not before."""
+        local = self._local is not None and wire.sock.family == self._local.family
+        if wire.shared or not local or self.shelf.arena is None:
             return False
-        if not self.shelf.lend(WINDOW_BYTES):
-            return False
-        try:
-            wire.window = give(sock)
-        except WireError:
-            raise
-        except (OSError, ValueError) as error:
-            self._tell(f"a local client gets no window: {error}")
-        finally:
-            if wire.window is None:
-                self.shelf.lend(-WINDOW_BYTES)
-        return wire.window is not None
+        wire.shared = give(wire.sock, self.shelf.arena)
+        return wire.shared
 
-    def _answer(self, wire: LmWire, request: Request, who: str, healthy: bytes) -> None:
-        if request.command == Command.PUT:
+    def _answer(self, wire: _Line, request: Request, who: str, healthy: bytes) -> None:
+        if request.command == Command.PUT and request.fmt == LENT:
+            self._lend(wire, request)
+        elif request.command == Command.PUT:
             self._put(wire, request, who)
         elif request.command == Command.GET:
             value = self.shelf.get(request.key) or self._fetch(request.key)
             if value is None:
                 wire.send(_FAIL)
+            elif wire.shared and len(wire.reading) < _MOST_LENT and (page := self._page(value.data)) is not None:
+                wire.reading.append(value)
+                wire.send(Answer(Code.SUCCESS, len(value.data), LENT, 0, (page, 0, 0, 0)).pack())
             else:
                 head = Answer(Code.SUCCESS, len(value.data), value.fmt, value.dtype, value.shape)
-                wire.send_value(head.pack(), value.data)
+                wire.send(head.pack(), value.data)
         elif request.command == Command.EXIST:
             there = self.shelf.contains(request.key) or (self._behind is not None and self._behind.contains(request.key))
             wire.send(_FOUND if there else _FAIL)
@@ -262,6 +302,24 @@ class LmServer:
             wire.send(healthy)
         else:  # LIST, which LMCache's own server leaves without an answer
             wire.send(_FAIL)
+
+    def _page(self, data: memoryview) -> int | None:
+        return None if self.shelf.arena is None or len(data) < LEAST_BYTES else self.shelf.arena.page(data)
+
+    def _lend(self, wire: _Line, request: Request) -> None:
+        """Give a client room to fill, or refuse: it sends the value then, and is told why if it may not."""
+        kept = dataclasses.replace(request, fmt=BINARY)
+        room = None
+        if wire.shared and len(wire.filling) < _MOST_LENT and LEAST_BYTES <= request.length <= self.limits.most_bytes:
+            room = None if kept.mismatch() else self.shelf.reserve(request.length)
+        page = self._page(room) if room is not None else None
+        if room is None or page is None:
+            if room is not None:
+                self.shelf.release(room)
+            wire.send(_FAIL)
+            return
+        wire.filling.append((kept, room))
+        wire.send(Answer(Code.SUCCESS, request.length, LENT, 0, (page, 0, 0, 0)).pack())
 
     def _of(self, key: bytes) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._behind is None else self._changing[hash(key) % _LOCKS]
@@ -285,7 +343,7 @@ class LmServer:
             if self._behind is not None:
                 self._behind.remove(key)
 
-    def _put(self, wire: LmWire, request: Request, who: str) -> None:
+    def _put(self, wire: _Line, request: Request, who: str) -> None:
         """Take a value, or let it pass. What stood under the key before is gone in both cases: it is out of date."""
         wrong = request.mismatch()
         if not wrong and request.length > self.limits.most_bytes:
@@ -295,21 +353,25 @@ class LmServer:
                 self._tell(f"{who}: a value is not kept: {wrong}")
                 self.shelf.count("refused")
             self._forget(request.key)
-            wire.skip_value(request.length)
+            wire.skip(request.length)
             return
         room = self.shelf.reserve(request.length)
         if room is None:
             self._tell(f"{who}: a value is not kept: {request.length} bytes do not fit into {self.shelf.capacity}")
             self._forget(request.key)
-            wire.skip_value(request.length)
+            wire.skip(request.length)
             return
         try:
-            wire.take_value(room)
+            wire.take(room)
             wire.acknowledge()  # LMCache's connector does not switch Nagle's gathering off: its next question would wait 40 ms
-            value = Value(room, request.fmt, request.dtype, request.shape)
         except BaseException:
             self.shelf.release(room)
             raise
+        self._keep(request, room)
+
+    def _keep(self, request: Request, room: memoryview) -> None:
+        """A value is there, in the room that was reserved for it."""
+        value = Value(room, request.fmt, request.dtype, request.shape)
         with self._of(request.key):
             self.shelf.put(request.key, value)
             if self._behind is not None:

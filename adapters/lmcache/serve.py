@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lmkv.backends.lm_shared import Arena
 from lmkv.backends.lm_wire import MOST_BYTES, MOST_KEY_BYTES, TOKEN_KEY
 from lmkv.config import parse_bytes
 from lmkv.errors import ConfigError
@@ -148,12 +149,21 @@ def _teller() -> Callable[[str], None]:
     return tell
 
 
+def make_arena(options: ServeOptions, tell: Callable[[str], None]) -> Arena | None:
+    """Memory that clients of this machine share, where there can be some."""
+    try:
+        return Arena(options.capacity) if options.ahead else None
+    except (OSError, ValueError) as error:
+        tell(f"clients of this machine send values over a socket, as no memory can be shared: {error}")
+        return None
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
     try:
         options = parse_arguments(argv, os.environ if environ is None else environ)
-        shelf = Shelf(options.capacity, options.policy, options.ahead)
         tell = _teller()
+        shelf = Shelf(options.capacity, options.policy, options.ahead, make_arena(options, tell))
         behind = Behind(options.tier, options.limits.most_bytes, tell) if options.tier else None
     except ConfigError as error:
         print(f"lmkv serve: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from lmkv.backends.lm_shared import Arena
 from lmkv.chunks import ChunkKey
 from lmkv.eviction import make_policy
 
@@ -40,17 +41,18 @@ class Shelf:
         capacity: bytes, each key counting 512 beside its value.
         policy: the eviction policy's name.
         ahead: bytes of the capacity that are memory made ready for values to come.
+        arena: where larger values are kept, for clients that write and read them there.
 
     Raises:
         ConfigError: an unknown policy.
     """
 
-    def __init__(self, capacity: int, policy: str, ahead: int = 0) -> None:
-        self.capacity = capacity - ahead
-        self._spares = Spares(ahead)
+    def __init__(self, capacity: int, policy: str, ahead: int = 0, arena: Arena | None = None) -> None:
+        self.capacity, self.arena = capacity - ahead, arena
+        self._spares = Spares(ahead, arena)
         self._policy = make_policy(policy, max(1, capacity // _USUAL_BYTES))
         self._values: dict[ChunkKey, Value] = {}
-        self._used = self._promised = self._lent = 0
+        self._used = self._promised = 0
         self._lock = threading.Lock()
         self.counts = dict.fromkeys(("puts", "refused", "hits", "misses", "evicted"), 0)
 
@@ -69,9 +71,16 @@ class Shelf:
         """
         cost = self._cost(size)
         with self._lock:
-            if not self._promise(cost):
+            if self._promised + cost > self.capacity:
                 self.counts["refused"] += 1
                 return None
+            while self._used + self._promised + cost > self.capacity:
+                (victim,) = self._policy.victims(1, ()) or [None]
+                if victim is None:  # what is not promised is held, so there is one
+                    raise AssertionError(f"expected a value to evict: {self._used} bytes are held")
+                self._drop(victim)
+                self.counts["evicted"] += 1
+            self._promised += cost
         try:
             room = self._spares.take(size)
         except MemoryError:
@@ -80,30 +89,6 @@ class Shelf:
                 self.counts["refused"] += 1
             return None
         return room
-
-    def _promise(self, cost: int) -> bool:
-        if self._promised + cost > self.capacity:
-            return False
-        while self._used + self._promised + cost > self.capacity:
-            (victim,) = self._policy.victims(1, ()) or [None]
-            if victim is None:  # what is not promised is held, so there is one
-                raise AssertionError(f"expected a value to evict: {self._used} bytes are held")
-            self._drop(victim)
-            self.counts["evicted"] += 1
-        self._promised += cost
-        return True
-
-    def lend(self, size: int) -> bool:
-        """Take that much of the capacity for something else than values; a negative size gives it back.
-
-        ``False`` where more than an eighth would be lent, and then nothing was.
-        """
-        with self._lock:
-            if size > 0 and (self._lent + size > self.capacity // 8 or not self._promise(size)):
-                return False
-            self._lent += size
-            self._promised += min(size, 0)
-            return True
 
     def release(self, room: memoryview) -> None:
         """Give room back unused."""
@@ -155,6 +140,6 @@ class Shelf:
     def _check(self) -> None:
         assert self._used == sum(self._cost(len(value.data)) for value in self._values.values())
         assert set(self._policy) == set(self._values)
-        assert self._promised >= self._lent >= 0
+        assert self._promised >= 0
         assert self._used + self._promised <= self.capacity
         self._policy._check()

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from lmkv.backends.lm_shared import LEAST_BYTES, Arena
+
 __all__ = ["Spares"]
 
 _PAGE = 4096
-#: Smaller values come out of memory that the allocator keeps.
-_LEAST = 256 * 1024
 #: Values of other sizes that come one after the other before rooms are made ready for them.
 _MOST_VOTES = 8
 
@@ -32,9 +32,11 @@ class Spares:
 
     Args:
         most_bytes: that are ready at a time; 0 for none.
+        arena: where they are, as long as it has places.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, arena: Arena | None = None) -> None:
+        self._arena = arena
         self._most = most_bytes
         self._ready: list[Room] = []
         #: What came back since; without a lock, as the last use may end anywhere.
@@ -50,7 +52,7 @@ class Spares:
         Raises:
             MemoryError: there is none.
         """
-        if size < _LEAST or size > self._most:
+        if size < LEAST_BYTES or size > self._most:
             return memoryview(np.empty(size, np.uint8))
         with self._change:
             if size == self._size:
@@ -70,8 +72,10 @@ class Spares:
                 self._thread = threading.Thread(target=self._make, name="lmkv-serve-spares", daemon=True)
                 self._thread.start()
             self._change.notify()
-        if memory is None:
+        if memory is None:  # in an arena, pages that nobody touched yet cost more than a client saves
             memory = np.empty(size, np.uint8)
+            if self._arena is not None:
+                return memoryview(memory)
         room = memory.view()
         weakref.finalize(room, self._return, memory).atexit = False
         return memoryview(room)  # whose parts keep it in use, as an array's would not: they refer to the memory
@@ -103,7 +107,8 @@ class Spares:
                 level = self._most
                 size = self._size
             try:
-                room: Room = np.empty(size, np.uint8)
+                room = None if self._arena is None else self._arena.room(size)
+                room = np.empty(size, np.uint8) if room is None else room
             except MemoryError:
                 with self._change:
                     self._size = self._votes = 0  # until a value comes again

@@ -17,11 +17,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..chunks import ChunkKey
 from ..config import read_secret
 from ..errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
 from .base import BackendSettings, shown_url
-from .lm_window import LmWire, Window, join
+from .lm_shared import FREE, LEAST_BYTES, LENT, READY, MarkingWire, Shared, join
 from .lm_wire import (
     ANSWER_BYTES,
     BINARY,
@@ -67,14 +69,14 @@ class _Connection:
     Args:
         form: how keys are named for this server.
         ours: whether ``lmkv serve`` is there.
-        window: that values go through, by a Unix socket only.
+        shared: memory of a server on this machine, by a Unix socket only.
         fresh: whether it was made for this call; one that rested may have been ended by the server meanwhile.
     """
 
     sock: socket.socket
     form: bytes
     ours: bool
-    window: Window | None = None
+    shared: Shared | None = None
     fresh: bool = True
 
 
@@ -152,7 +154,7 @@ class LmBackend:
         """The greeting's answer; ``None`` if the server ends the connection over it."""
         prepare(sock)
         sock.settimeout(0)  # which is how a wire leaves it, so that a look at a connection at rest does not wait
-        wire = LmWire(sock, until)
+        wire = MarkingWire(sock, until)
         key = TOKEN_KEY + self._token if self._token else form % (self._prefix, b"0")
         wire.send(Request(Command.HEALTH, key).pack())
         try:
@@ -175,10 +177,10 @@ class LmBackend:
             found = self._hello(sock, form, until)
             if found is not None and found.shape == answer.shape:
                 sock.settimeout(max(0.001, until - time.monotonic()))
-                window = join(sock)
+                shared = join(sock)
                 sock.settimeout(0)
                 tcp.close()
-                return _Connection(sock, form, True, window)
+                return _Connection(sock, form, True, shared)
         except (OSError, HeaderError):
             pass  # another network namespace
         sock.close()
@@ -217,11 +219,11 @@ class LmBackend:
             found.sock.close()
 
     @contextlib.contextmanager
-    def _wire(self, until: float) -> Iterator[tuple[LmWire, _Connection]]:
+    def _wire(self, until: float) -> Iterator[tuple[MarkingWire, _Connection]]:
         """A connection, kept for the next call unless the block fails."""
         connection = self._take(until)
         try:
-            wire = LmWire(connection.sock, until, connection.window)
+            wire = MarkingWire(connection.sock, until)
             yield wire, connection
             wire.rest()
         except BaseException:
@@ -233,7 +235,7 @@ class LmBackend:
                 return
         connection.sock.close()
 
-    def _call(self, step: Callable[[LmWire, _Connection], None], until: float = 0.0) -> None:
+    def _call(self, step: Callable[[MarkingWire, _Connection], None], until: float = 0.0) -> None:
         """``step`` over a connection, within the deadline; once more if one that rested turns out to be of no use."""
         if self._closed:
             raise StoreClosedError("expected an open backend; it was closed")
@@ -255,12 +257,12 @@ class LmBackend:
         return form % (self._prefix, key.hex().encode())
 
     @staticmethod
-    def _answer(wire: LmWire) -> Answer:
+    def _answer(wire: MarkingWire) -> Answer:
         head = bytearray(ANSWER_BYTES)
-        wire.head(memoryview(head))
+        wire.take(memoryview(head))
         return Answer.unpack(head)
 
-    def _ask(self, wire: LmWire, connection: _Connection, keys: Sequence[ChunkKey]) -> list[bool]:
+    def _ask(self, wire: MarkingWire, connection: _Connection, keys: Sequence[ChunkKey]) -> list[bool]:
         there: list[bool] = []
         at_once = _QUESTIONS if connection.ours else 1
         for begin in range(0, len(keys), at_once):
@@ -269,10 +271,33 @@ class LmBackend:
             there += [self._answer(wire).code == Code.SUCCESS for _ in some]
         return there
 
-    def _put(self, wire: LmWire, form: bytes, key: ChunkKey, value: memoryview | bytes) -> None:
+    def _put(self, wire: MarkingWire, form: bytes, key: ChunkKey, value: memoryview | bytes) -> None:
         size = len(value)
         head = Request(Command.PUT, self._name(form, key), size, BINARY, 0, (size, 0, 0, 0))
-        wire.send_value(head.pack(), value)
+        wire.send(head.pack(), value)
+
+    def _fill(
+        self, wire: MarkingWire, connection: _Connection, shared: Shared, keys: Sequence[ChunkKey], data: Sequence[memoryview]
+    ) -> None:
+        """Store values, large ones straight in the server's memory."""
+        large = [(key, value) for key, value in zip(keys, data, strict=True) if len(value) >= LEAST_BYTES]
+        for key, value in zip(keys, data, strict=True):
+            if len(value) < LEAST_BYTES:
+                self._put(wire, connection.form, key, value)
+        asked = 0
+        for done, (key, value) in enumerate(large):
+            while asked < min(done + _AHEAD, len(large)):
+                name, size = self._name(connection.form, large[asked][0]), len(large[asked][1])
+                wire.send(Request(Command.PUT, name, size, LENT, 0, (size, 0, 0, 0)).pack())
+                asked += 1
+            answer = self._answer(wire)
+            if answer.code != Code.SUCCESS:
+                self._put(wire, connection.form, key, value)
+                continue
+            if answer.length != len(value) or answer.fmt != LENT:
+                raise HeaderError(f"expected room for {len(value)} bytes; got it for {answer.length}")
+            np.copyto(shared.part(answer.shape[0], len(value), write=True), np.frombuffer(value, np.uint8))
+            wire.marks += READY  # there is a question, or another value, to come
 
     def _remember_gone(self, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
@@ -295,7 +320,7 @@ class LmBackend:
         """
         there: list[bool] = []
 
-        def step(wire: LmWire, connection: _Connection) -> None:
+        def step(wire: MarkingWire, connection: _Connection) -> None:
             there[:] = self._ask(wire, connection, keys)
 
         if keys:
@@ -312,22 +337,23 @@ class LmBackend:
         sizes: list[int | None] = [None] * len(keys)
         done = 0
 
-        def step(wire: LmWire, connection: _Connection) -> None:
+        def step(wire: MarkingWire, connection: _Connection) -> None:
             nonlocal done
             sent = done
-            # through a window the next one is asked for when this one has been announced: the server listens to marks till then
-            ahead = _AHEAD if connection.ours and connection.window is None else 1
-
-            def ask() -> None:
-                nonlocal sent
-                if sent < len(keys):
-                    wire.send(Request(Command.GET, self._name(connection.form, keys[sent])).pack())
-                    sent += 1
-
+            ahead = _AHEAD if connection.ours else 1
             while done < len(keys):
                 while sent < min(done + ahead, len(keys)):
-                    ask()
-                sizes[done] = self._receive(wire, out[done], ask)
+                    wire.send(Request(Command.GET, self._name(connection.form, keys[sent])).pack())
+                    sent += 1
+                size = self._receive(wire, out[done], connection.shared)
+                if wire.marks:
+                    following = keys[sent : sent + 1]
+                    try:  # after the server ended the connection, what was read may have been another value
+                        wire.send(*(Request(Command.GET, self._name(connection.form, key)).pack() for key in following))
+                    except WireError as error:
+                        raise _TornError(str(error)) from None
+                    sent += len(following)
+                sizes[done] = size
                 done += 1
 
         until = time.monotonic() + self._deadline
@@ -342,15 +368,22 @@ class LmBackend:
         return sizes
 
     @classmethod
-    def _receive(cls, wire: LmWire, out: memoryview, announced: Callable[[], None]) -> int | None:
+    def _receive(cls, wire: MarkingWire, out: memoryview, shared: Shared | None) -> int | None:
         answer = cls._answer(wire)
         if answer.code != Code.SUCCESS or not answer.length:
             return None
+        if shared is not None and answer.fmt == LENT:
+            value = shared.part(answer.shape[0], answer.length, write=False)
+            wire.marks += FREE
+            if answer.length > len(out):
+                return None
+            np.copyto(np.frombuffer(out[: answer.length], np.uint8), value)  # which lets other threads run meanwhile
+            return answer.length
         if answer.length > len(out):
-            wire.skip_value(answer.length)
+            wire.skip(answer.length)
             return None
         try:
-            wire.take_value(out[: answer.length], announced)
+            wire.take(out[: answer.length])
         except WireError as error:
             raise _TornError(str(error)) from None
         return answer.length
@@ -362,9 +395,12 @@ class LmBackend:
             raise CapacityError(f"{self._shown}: expected values of at most {MOST_BYTES} bytes; got {too_long[0]}")
         there: list[bool] = []
 
-        def step(wire: LmWire, connection: _Connection) -> None:
-            for key, piece in zip(keys, data, strict=True):
-                self._put(wire, connection.form, key, piece)
+        def step(wire: MarkingWire, connection: _Connection) -> None:
+            if connection.shared is None:
+                for key, piece in zip(keys, data, strict=True):
+                    self._put(wire, connection.form, key, piece)
+            else:
+                self._fill(wire, connection, connection.shared, keys, data)
             there[:] = self._ask(wire, connection, keys)
 
         if not keys:
@@ -378,7 +414,7 @@ class LmBackend:
     def delete_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Backend`. An ``lmcache_server`` keeps the key, with a value of no bytes."""
 
-        def step(wire: LmWire, connection: _Connection) -> None:
+        def step(wire: MarkingWire, connection: _Connection) -> None:
             there = self._ask(wire, connection, keys)
             present = [key for key, found in zip(keys, there, strict=True) if found]
             for key in present:

@@ -6,8 +6,8 @@ Format: ``lmcache/v1/protocol.py`` of LMCache 0.3.9 to 0.5.6, which agree on it.
 
 Three things are LMKV's own, between an LMKV client and an LMKV server only. A HEALTH request whose key is :data:`TOKEN_KEY` and
 a token logs a connection in. The answer to HEALTH carries :data:`GREETING` as its first dimension, and tells a client of the
-same machine in the others its port and the numbers of a Unix socket that serves the same (:func:`local_name`). A PUT of no
-bytes deletes.
+same machine in the others its port and the numbers of a Unix socket that serves the same (:func:`local_name`), where values may
+lie in memory that both have (:mod:`lmkv.backends.lm_shared`). A PUT of no bytes deletes.
 """
 
 from __future__ import annotations

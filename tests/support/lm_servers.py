@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 
 import lmkv
@@ -12,6 +13,7 @@ from lmkv.adapters.lmcache.behind import Behind
 from lmkv.adapters.lmcache.lm_server import LmServer, ServerLimits
 from lmkv.adapters.lmcache.shelf import Shelf
 from lmkv.backends import Backend, BackendSettings, open_backend
+from lmkv.backends.lm_shared import Arena
 
 __all__ = ["LAYOUT", "RawClient", "open_at", "running"]
 
@@ -22,13 +24,14 @@ PUT, GET, EXIST, LIST, HEALTH = 1, 2, 3, 4, 5
 
 @contextlib.contextmanager
 def running(
-    capacity: int = 64 << 20, policy: str = "lru", limits: ServerLimits | None = None, tier: str = ""
+    capacity: int = 64 << 20, policy: str = "lru", limits: ServerLimits | None = None, tier: str = "", ahead: int = 0
 ) -> Iterator[LmServer]:
     """A server of LMKV's in this process; ``told`` has what it said of its clients."""
     told: list[str] = []
     limits = limits or ServerLimits(most_bytes=1 << 20 if tier else 1 << 30)
     behind = Behind(tier, limits.most_bytes, told.append, 0.5) if tier else None
-    server = LmServer(Shelf(capacity, policy), "127.0.0.1", 0, limits, told.append, behind)
+    shelf = Shelf(capacity, policy, ahead, Arena(capacity) if sys.platform == "linux" and ahead else None)
+    server = LmServer(shelf, "127.0.0.1", 0, limits, told.append, behind)
     server.told = told  # type: ignore[attr-defined]
     server.start()
     try:
