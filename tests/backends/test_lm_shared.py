@@ -485,6 +485,13 @@ def test_a_server_that_is_killed_within_a_get_gives_none_of_it() -> None:
         assert any("in the middle of a value" in line for line in told)
 
 
+def stop(process: subprocess.Popen[str]) -> None:
+    """Stop all of it, which takes a moment."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = list(Path(f"/proc/{process.pid}/task").iterdir())
+    servers.until(lambda: all((task / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for task in tasks))
+
+
 def test_a_server_that_stops_costs_the_deadline_and_keeps_whole_values() -> None:
     with server_process() as (process, port):
         steady, values = open_at(port), [some(2 * MIB, n) for n in range(4)]
@@ -498,7 +505,7 @@ def test_a_server_that_stops_costs_the_deadline_and_keeps_whole_values() -> None
             }
             begin = time.monotonic()
             with (
-                Probe(lambda: process.send_signal(signal.SIGSTOP)) as probe,
+                Probe(lambda: stop(process)) as probe,
                 pytest.raises(BackendUnavailableError, match="in time"),
             ):
                 calls[what]()
