@@ -296,7 +296,7 @@ class LmBackend:
                 continue
             if answer.length != len(value) or answer.fmt != LENT:
                 raise HeaderError(f"expected room for {len(value)} bytes; got it for {answer.length}")
-            np.copyto(shared.part(answer.shape[0], len(value), write=True), np.frombuffer(value, np.uint8))
+            np.copyto(shared.part(answer.shape[0], len(value)), np.frombuffer(value, np.uint8))
             wire.marks += READY  # there is a question, or another value, to come
 
     def _remember_gone(self, keys: Sequence[ChunkKey]) -> None:
@@ -373,7 +373,7 @@ class LmBackend:
         if answer.code != Code.SUCCESS or not answer.length:
             return None
         if shared is not None and answer.fmt == LENT:
-            value = shared.part(answer.shape[0], answer.length, write=False)
+            value = shared.part(answer.shape[0], answer.length)
             wire.marks += FREE
             if answer.length > len(out):
                 return None

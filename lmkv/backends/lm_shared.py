@@ -45,8 +45,9 @@ LEAST_BYTES = 256 * 1024
 _PAGE = 4096
 _MIB = 1024**2
 _MOST_BYTES = 2**43  # a page's number is a signed 32-bit integer
-#: Linux's MADV_POPULATE_READ and MADV_POPULATE_WRITE, which Python does not name; older ones refuse them.
-_POPULATE = {False: 22, True: 23}
+#: Linux's MADV_POPULATE_READ, which Python does not name; before 5.14 it is refused. It maps 16 pages at a time, for writing
+#: too, as the mapping is shared: MADV_POPULATE_WRITE took twice as long.
+_POPULATE = 22
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -137,7 +138,7 @@ class Shared:
         self._bytes: Bytes = np.frombuffer(self._memory, np.uint8)
         self._seen: set[int] = set()
 
-    def part(self, page: int, size: int, *, write: bool) -> Bytes:
+    def part(self, page: int, size: int) -> Bytes:
         """The room there.
 
         Raises:
@@ -148,7 +149,7 @@ class Shared:
             raise HeaderError(f"expected a room within {len(self._bytes)} bytes; got {size} bytes at {begin}")
         if page not in self._seen:
             with contextlib.suppress(OSError):  # in one go, where each page would be a fault
-                self._memory.madvise(_POPULATE[write], begin, -(-size // _PAGE) * _PAGE)
+                self._memory.madvise(_POPULATE, begin, -(-size // _PAGE) * _PAGE)
             self._seen.add(page)
         return self._bytes[begin : begin + size]
 

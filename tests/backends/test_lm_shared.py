@@ -98,7 +98,7 @@ class Raw:
     def part(self, answer: Answer) -> np.ndarray:  # type: ignore[type-arg]
         assert self.shared is not None
         assert answer.fmt == LENT
-        return self.shared.part(answer.shape[0], answer.length, write=True)
+        return self.shared.part(answer.shape[0], answer.length)
 
     def ended(self) -> bool:
         with contextlib.suppress(ConnectionError):
@@ -420,11 +420,11 @@ class Probe:
         self.do, self.at, self.real = do, at, Shared.part
 
     def __enter__(self) -> Probe:
-        def part(shared: Shared, page: int, size: int, *, write: bool) -> object:
+        def part(shared: Shared, page: int, size: int) -> object:
             self.count += 1
             if self.count == self.at:
                 self.do()
-            return self.real(shared, page, size, write=write)
+            return self.real(shared, page, size)
 
         Shared.part = part  # type: ignore[method-assign,assignment]
         return self
@@ -440,8 +440,8 @@ import lm_servers
 from lmkv.backends.lm_shared import Shared
 from lmkv.chunks import ChunkKey
 
-def part(shared, page, size, *, write, real=Shared.part):
-    room = real(shared, page, size, write=write)
+def part(shared, page, size, real=Shared.part):
+    room = real(shared, page, size)
     room[: size // 2] = 110
     print("in the middle", flush=True)
     time.sleep(60)
