@@ -5,7 +5,7 @@ ratio; ``reference`` is LMCache's client at LMCache's server in the same run, ta
 
 Rows ``.fresh`` put values of 8 MiB one by one under new keys, each confirmed by EXIST, so that a server needs new memory for
 each; ``reference`` is a plain socket at LMCache's server there. ``--busy 2`` keeps two processors busy beside all of it.
-LMKV's client reaches LMKV's server over its Unix socket, since both are on one machine; all others use TCP.
+LMKV's client reaches LMKV's server over its Unix socket and by shared memory, as both are on one machine; all others use TCP.
 """
 
 from __future__ import annotations
