@@ -5,9 +5,9 @@ prompts; nothing is fetched. One JSON object a line: name, value, unit, referenc
 same call where it ran, ratio = value / reference. With ``--log FOLDER`` each process's output is kept there.
 
 Modes: ``none``; ``lmkv`` behind ``--enable-lmcache``, ``lmkv-whole`` the same with ``use_layerwise`` off; ``hicache``, SGLang's
-tier in host memory alone, on a device pool too small for all prompts, since a flush would empty that tier; ``hicache-lmkv`` and
-``hicache-file``, HiCache with LMKV or with SGLang's files as its storage. Between rounds SGLang's tree (and its host memory) is
-flushed, but for ``hicache``.
+tier in host memory alone, on a device pool too small for all prompts, since a flush would empty that tier (its ``batch`` runs
+two prompts at a time, which that of other modes does not); ``hicache-lmkv`` and ``hicache-file``, HiCache with LMKV or with
+SGLang's files as its storage. Between rounds SGLang's tree (and its host memory) is flushed, but for ``hicache``.
 
 Tests: ``seq`` (prompts one by one, cold, twice again, and, without a flush, once more from the device), ``batch`` (all at once,
 cold and again).
