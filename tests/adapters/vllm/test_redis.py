@@ -32,7 +32,7 @@ def settings(server: servers.RedisServer) -> dict[str, Any]:
 def forget(engine: Engine) -> None:
     """Have what was asked written to Redis, and nothing left in RAM."""
     engine.settle()
-    assert engine.store.flush(20)
+    engine.store.flush(20)  # False where a Redis that is gone made it give something up
     engine.forget_local()
     with engine.store._lock:
         engine.store._ram.clear()
