@@ -25,15 +25,15 @@ import numpy.typing as npt
 
 from .errors import ArgumentError, CapacityError, ConfigError, StoreClosedError
 
-__all__ = ["HostPool", "MappedPool", "PoolHandle", "populate"]
+__all__ = ["HUGE_PAGE", "HostPool", "MappedPool", "PoolHandle", "map_aligned", "populate"]
 
 _PAGE = 4096
-_HUGE_PAGE = 2 * 1024**2
+HUGE_PAGE = 2 * 1024**2
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 _MADV_COLLAPSE = 25  # since 6.1
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 #: Shared extents of at least so many bytes are whole huge pages: what that rounds up is little then.
-_LEAST_FOR_HUGE = 8 * _HUGE_PAGE
+_LEAST_FOR_HUGE = 8 * HUGE_PAGE
 #: What a caller who has the pool grow waits for at most: pages in bulk are cheaper than one by one at first use.
 _READY_AT_ONCE = 64 * 1024**2
 
@@ -128,7 +128,7 @@ class _Slab:
         """Map the next extent of a memory file. Raises :class:`OSError`."""
         at = self.extent_bytes * len(self._maps)
         if self._collapse:
-            extent, begin = _map_aligned(fd, self.extent_bytes, at)
+            extent, begin = map_aligned(fd, self.extent_bytes, at)
         else:
             extent, begin = mmap.mmap(fd, self.extent_bytes, offset=at), 0
         self._add(extent, begin)
@@ -182,7 +182,7 @@ class HostPool(_Slab):
         slot_bytes = -(-slot_bytes // _PAGE) * _PAGE
         each = min(slots, max(1, extent_bytes // slot_bytes))
         collapse = shared and huge_pages == "transparent" and each * slot_bytes >= _LEAST_FOR_HUGE
-        page = _HUGE_PAGE if huge_pages == "reserved" or collapse else _PAGE
+        page = HUGE_PAGE if huge_pages == "reserved" or collapse else _PAGE
         super().__init__(slot_bytes, each, slots, -(-each * slot_bytes // page) * page, collapse)
         self._huge_pages = huge_pages
         self._numa_node = numa_node
@@ -242,18 +242,18 @@ class HostPool(_Slab):
         missing: dict[tuple[int, int], None] = {}  # extents and huge pages there, in order
         for slot in slots:
             extent, index = divmod(slot, self.slots_per_extent)
-            if extent not in self._touched and len(missing) * _HUGE_PAGE < _READY_AT_ONCE:
-                first, last = index * self.slot_bytes // _HUGE_PAGE, ((index + 1) * self.slot_bytes - 1) // _HUGE_PAGE
+            if extent not in self._touched and len(missing) * HUGE_PAGE < _READY_AT_ONCE:
+                first, last = index * self.slot_bytes // HUGE_PAGE, ((index + 1) * self.slot_bytes - 1) // HUGE_PAGE
                 missing |= dict.fromkeys((extent, page) for page in range(first, last + 1))
         missing = {page: None for page in missing if page not in self._ready}
         self._ready |= missing.keys()
         runs: list[list[int]] = []  # address and size
         for extent, page in missing:
-            address = _address(self._views[extent]) + page * _HUGE_PAGE
+            address = _address(self._views[extent]) + page * HUGE_PAGE
             if runs and address == sum(runs[-1]):
-                runs[-1][1] += _HUGE_PAGE
+                runs[-1][1] += HUGE_PAGE
             else:
-                runs.append([address, _HUGE_PAGE])
+                runs.append([address, HUGE_PAGE])
         populate([(address, size) for address, size in runs], collapse=True)
 
     def grow_ahead(self, size: int) -> range:
@@ -315,7 +315,7 @@ class HostPool(_Slab):
                 self._map(self._fd)
             else:
                 self._add(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            if hasattr(mmap, "MADV_HUGEPAGE") and size >= _HUGE_PAGE and self._huge_pages == "transparent":
+            if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE_PAGE and self._huge_pages == "transparent":
                 with contextlib.suppress(OSError):  # a kernel without them
                     self._maps[-1].madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
@@ -337,15 +337,15 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
 
 
-def _map_aligned(fd: int, size: int, offset: int) -> tuple[mmap.mmap, int]:
+def map_aligned(fd: int, size: int, offset: int) -> tuple[mmap.mmap, int]:
     """Map part of a memory file where huge pages can be; returns a larger mapping that holds it, and where it begins there.
 
     Raises:
         OSError: it can't be mapped.
     """
-    room = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     address = _address(memoryview(room))
-    begin = -address % _HUGE_PAGE
+    begin = -address % HUGE_PAGE
     call = ctypes.CDLL(None, use_errno=True).mmap
     call.restype = ctypes.c_void_p
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -371,7 +371,7 @@ def populate(ranges: Sequence[tuple[int, int]], collapse: bool = False) -> None:
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for address, size in ranges:
         if collapse:  # a hole does not collapse: one page of each has to be there
-            for at in range(address, address + size, _HUGE_PAGE):
+            for at in range(address, address + size, HUGE_PAGE):
                 madvise(at, _PAGE, _MADV_POPULATE_WRITE)
             madvise(address, size, _MADV_COLLAPSE)
         madvise(address, size, _MADV_POPULATE_WRITE)  # kernels before 5.14 refuse: pages come at first use then

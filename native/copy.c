@@ -383,6 +383,19 @@ static void *work(void *given) {
     return NULL;
 }
 
+void lmkv_copy(uint64_t to, uint64_t from, int64_t bytes) {
+    char *target = (char *)(uintptr_t)to;
+    const char *source = (const char *)(uintptr_t)from;
+    if (bytes < LMKV_STREAM_TOTAL) {
+        memcpy(target, source, (size_t)bytes);
+        return;
+    }
+    put_lines(target, source, (size_t)bytes);
+#if LMKV_STREAMING
+    _mm_sfence();
+#endif
+}
+
 int64_t lmkv_host_copy(const lmkv_plan *plan, int into_payloads, int threads, char *why, size_t room) {
     int64_t total = lmkv_check(plan, why, room);
     if (total <= 0) return total;

@@ -588,7 +588,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 
 static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(char *, size_t)
-/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // char *
+/*  1 */ _CFFI_OP(_CFFI_OP_POINTER, 101), // char *
 /*  2 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /*  4 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(int, char *, size_t, char *, size_t)
@@ -599,14 +599,14 @@ static void *_cffi_types[] = {
 /*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 10 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 11 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, char const *, char *, size_t)
-/* 12 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // lmkv_gpu *
-/* 13 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // char const *
+/* 12 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // lmkv_gpu *
+/* 13 */ _CFFI_OP(_CFFI_OP_POINTER, 101), // char const *
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 15 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 17 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu *, lmkv_gpu_options const *, char *, size_t)
 /* 18 */ _CFFI_OP(_CFFI_OP_NOOP, 12),
-/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 100), // lmkv_gpu_options const *
+/* 19 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // lmkv_gpu_options const *
 /* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 21 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -629,7 +629,7 @@ static void *_cffi_types[] = {
 /* 39 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(lmkv_gpu_copy *, char *, size_t)
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 99), // lmkv_gpu_copy *
+/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // lmkv_gpu_copy *
 /* 43 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 44 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -643,7 +643,7 @@ static void *_cffi_types[] = {
 /* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 5), // int()(void)
 /* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // int64_t()(lmkv_plan const *, char *, size_t)
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // lmkv_plan const *
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // lmkv_plan const *
 /* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 58 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -655,7 +655,7 @@ static void *_cffi_types[] = {
 /* 65 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 48), // int64_t()(uint32_t const *, int64_t, int64_t, uint64_t, uint64_t *)
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // uint32_t const *
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // uint32_t const *
 /* 69 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
 /* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
 /* 71 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
@@ -663,7 +663,7 @@ static void *_cffi_types[] = {
 /* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 12), // lmkv_gpu *()(int, void const *, char *, size_t)
 /* 75 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7),
-/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // void const *
+/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // void const *
 /* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 78 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
@@ -677,28 +677,33 @@ static void *_cffi_types[] = {
 /* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 1),
 /* 88 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28),
 /* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 109), // unsigned char const *()(size_t *)
+/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 114), // unsigned char const *()(size_t *)
 /* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 2), // size_t *
 /* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // void()(lmkv_gpu_copy *)
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 116), // void()(lmkv_gpu_copy *)
 /* 94 */ _CFFI_OP(_CFFI_OP_NOOP, 42),
 /* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 96 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // lmkv_gpu
-/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // lmkv_gpu_copy
-/* 100 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_gpu_options
-/* 101 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // lmkv_part const *
-/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_part
-/* 103 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // lmkv_place const *
-/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_place
-/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_plan
-/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // lmkv_row const *
-/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // lmkv_row
-/* 108 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // unsigned char const *
-/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 4), // unsigned char
-/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION, 116), // void()(uint64_t, uint64_t, int64_t)
+/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 98 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 99 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 23),
+/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 101 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // lmkv_gpu
+/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // lmkv_gpu_copy
+/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // lmkv_gpu_options
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // lmkv_part const *
+/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // lmkv_part
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // lmkv_place const *
+/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // lmkv_place
+/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // lmkv_plan
+/* 111 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // lmkv_row const *
+/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // lmkv_row
+/* 113 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // unsigned char const *
+/* 115 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 4), // unsigned char
+/* 116 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 _CFFI_UNUSED_FN
@@ -828,6 +833,50 @@ _cffi_f_lmkv_check(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_lmkv_check _cffi_d_lmkv_check
+#endif
+
+static void _cffi_d_lmkv_copy(uint64_t x0, uint64_t x1, int64_t x2)
+{
+  lmkv_copy(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_lmkv_copy(PyObject *self, PyObject *args)
+{
+  uint64_t x0;
+  uint64_t x1;
+  int64_t x2;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "lmkv_copy", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, uint64_t);
+  if (x0 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x2 = _cffi_to_c_int(arg2, int64_t);
+  if (x2 == (int64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { lmkv_copy(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_lmkv_copy _cffi_d_lmkv_copy
 #endif
 
 static int _cffi_d_lmkv_gpu_architecture(int x0, char * x1, size_t x2, char * x3, size_t x4)
@@ -1144,7 +1193,7 @@ _cffi_f_lmkv_gpu_image(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(109));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(114));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -1876,6 +1925,7 @@ _cffi_f_lmkv_windows(PyObject *self, PyObject *args)
 
 static const struct _cffi_global_s _cffi_globals[] = {
   { "lmkv_check", (void *)_cffi_f_lmkv_check, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 55), (void *)_cffi_d_lmkv_check },
+  { "lmkv_copy", (void *)_cffi_f_lmkv_copy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 96), (void *)_cffi_d_lmkv_copy },
   { "lmkv_gpu_architecture", (void *)_cffi_f_lmkv_gpu_architecture, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 4), (void *)_cffi_d_lmkv_gpu_architecture },
   { "lmkv_gpu_count", (void *)_cffi_f_lmkv_gpu_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_lmkv_gpu_count },
   { "lmkv_gpu_done", (void *)_cffi_f_lmkv_gpu_done, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_lmkv_gpu_done },
@@ -1931,25 +1981,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
           _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "block", offsetof(lmkv_place, block),
              sizeof(((lmkv_place *)0)->block),
-             _CFFI_OP(_CFFI_OP_NOOP, 97) },
+             _CFFI_OP(_CFFI_OP_NOOP, 102) },
   { "index", offsetof(lmkv_place, index),
              sizeof(((lmkv_place *)0)->index),
-             _CFFI_OP(_CFFI_OP_NOOP, 97) },
+             _CFFI_OP(_CFFI_OP_NOOP, 102) },
   { "rows", offsetof(lmkv_plan, rows),
             sizeof(((lmkv_plan *)0)->rows),
-            _CFFI_OP(_CFFI_OP_NOOP, 106) },
+            _CFFI_OP(_CFFI_OP_NOOP, 111) },
   { "n_rows", offsetof(lmkv_plan, n_rows),
               sizeof(((lmkv_plan *)0)->n_rows),
               _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "parts", offsetof(lmkv_plan, parts),
              sizeof(((lmkv_plan *)0)->parts),
-             _CFFI_OP(_CFFI_OP_NOOP, 101) },
+             _CFFI_OP(_CFFI_OP_NOOP, 106) },
   { "n_parts", offsetof(lmkv_plan, n_parts),
                sizeof(((lmkv_plan *)0)->n_parts),
                _CFFI_OP(_CFFI_OP_NOOP, 48) },
   { "places", offsetof(lmkv_plan, places),
               sizeof(((lmkv_plan *)0)->places),
-              _CFFI_OP(_CFFI_OP_NOOP, 103) },
+              _CFFI_OP(_CFFI_OP_NOOP, 108) },
   { "n_places", offsetof(lmkv_plan, n_places),
                 sizeof(((lmkv_plan *)0)->n_places),
                 _CFFI_OP(_CFFI_OP_NOOP, 48) },
@@ -1989,30 +2039,30 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "$lmkv_gpu_options", 100, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_gpu_options", 105, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_gpu_options), offsetof(struct _cffi_align_typedef_lmkv_gpu_options, y), 0, 6 },
-  { "$lmkv_part", 102, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_part", 107, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_part), offsetof(struct _cffi_align_typedef_lmkv_part, y), 6, 5 },
-  { "$lmkv_place", 104, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_place", 109, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_place), offsetof(struct _cffi_align_typedef_lmkv_place, y), 11, 2 },
-  { "$lmkv_plan", 105, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_plan", 110, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_plan), offsetof(struct _cffi_align_typedef_lmkv_plan, y), 13, 7 },
-  { "$lmkv_row", 107, _CFFI_F_CHECK_FIELDS,
+  { "$lmkv_row", 112, _CFFI_F_CHECK_FIELDS,
     sizeof(lmkv_row), offsetof(struct _cffi_align_typedef_lmkv_row, y), 20, 10 },
-  { "lmkv_gpu", 98, _CFFI_F_OPAQUE,
+  { "lmkv_gpu", 103, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "lmkv_gpu_copy", 99, _CFFI_F_OPAQUE,
+  { "lmkv_gpu_copy", 104, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_typename_s _cffi_typenames[] = {
-  { "lmkv_gpu", 98 },
-  { "lmkv_gpu_copy", 99 },
-  { "lmkv_gpu_options", 100 },
-  { "lmkv_part", 102 },
-  { "lmkv_place", 104 },
-  { "lmkv_plan", 105 },
-  { "lmkv_row", 107 },
+  { "lmkv_gpu", 103 },
+  { "lmkv_gpu_copy", 104 },
+  { "lmkv_gpu_options", 105 },
+  { "lmkv_part", 107 },
+  { "lmkv_place", 109 },
+  { "lmkv_plan", 110 },
+  { "lmkv_row", 112 },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -2022,12 +2072,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   NULL,  /* no enums */
   _cffi_typenames,
-  18,  /* num_globals */
+  19,  /* num_globals */
   7,  /* num_struct_unions */
   0,  /* num_enums */
   7,  /* num_typenames */
   NULL,  /* no includes */
-  112,  /* num_types */
+  117,  /* num_types */
   0,  /* flags */
 };
 

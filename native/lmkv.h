@@ -52,6 +52,10 @@ int64_t lmkv_check(const lmkv_plan *plan, char *why, size_t room);
  * `threads` > 1 shares the parts out. Returns as lmkv_check does; of an invalid plan nothing is copied. */
 int64_t lmkv_host_copy(const lmkv_plan *plan, int into_payloads, int threads, char *why, size_t room);
 
+/* Copy bytes that do not overlap, many of them around the caches: a third less for the memory to do than where each line is read before
+ * it is overwritten. */
+void lmkv_copy(uint64_t to, uint64_t from, int64_t bytes);
+
 /* Version of this interface. */
 int lmkv_version(void);
 

@@ -108,11 +108,14 @@ class Spares:
                 size = self._size
             try:
                 room = None if self._arena is None else self._arena.room(size)
-                room = np.empty(size, np.uint8) if room is None else room
+                made: Room = np.empty(size, np.uint8) if room is None else room
             except MemoryError:
                 with self._change:
                     self._size = self._votes = 0  # until a value comes again
                 continue
-            room[::_PAGE] = 0
+            if self._arena is not None and room is not None:
+                self._arena.touch(room)
+            else:
+                made[::_PAGE] = 0
             with self._change:
-                self._keep(room)
+                self._keep(made)

@@ -23,7 +23,7 @@ from ..chunks import ChunkKey
 from ..config import read_secret
 from ..errors import BackendUnavailableError, CapacityError, ConfigError, StoreClosedError
 from .base import BackendSettings, shown_url
-from .lm_shared import FREE, LEAST_BYTES, LENT, READY, MarkingWire, Shared, join
+from .lm_shared import FREE, LEAST_BYTES, LENT, READY, MarkingWire, Shared, copy, join
 from .lm_wire import (
     ANSWER_BYTES,
     BINARY,
@@ -296,7 +296,7 @@ class LmBackend:
                 continue
             if answer.length != len(value) or answer.fmt != LENT:
                 raise HeaderError(f"expected room for {len(value)} bytes; got it for {answer.length}")
-            np.copyto(shared.part(answer.shape[0], len(value)), np.frombuffer(value, np.uint8))
+            copy(shared.part(answer.shape[0], len(value)), np.frombuffer(value, np.uint8))
             wire.marks += READY  # there is a question, or another value, to come
 
     def _remember_gone(self, keys: Sequence[ChunkKey]) -> None:
@@ -377,7 +377,7 @@ class LmBackend:
             wire.marks += FREE
             if answer.length > len(out):
                 return None
-            np.copyto(np.frombuffer(out[: answer.length], np.uint8), value)  # which lets other threads run meanwhile
+            copy(np.frombuffer(out[: answer.length], np.uint8), value)
             return answer.length
         if answer.length > len(out):
             wire.skip(answer.length)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import mmap
 import os
 import socket
@@ -26,11 +27,28 @@ from typing import Any
 
 import numpy as np
 
+from ..pool import HUGE_PAGE, map_aligned, populate
 from .lm_wire import ANSWER_BYTES, Answer, Code, Command, HeaderError, Request
 from .redis.wire import Wire, WireError
 
-__all__ = ["FREE", "LEAST_BYTES", "LENT", "MARKS", "READY", "SHARED_KEY", "Arena", "MarkingWire", "Shared", "give", "join"]
+__all__ = [
+    "FREE",
+    "LEAST_BYTES",
+    "LENT",
+    "MARKS",
+    "READY",
+    "SHARED_KEY",
+    "Arena",
+    "MarkingWire",
+    "Shared",
+    "copy",
+    "give",
+    "join",
+]
 
+_native: Any = None
+with contextlib.suppress(ModuleNotFoundError):  # a source tree that is not installed
+    _native = importlib.import_module("lmkv._native")
 #: The key of a HEALTH request that asks for the memory.
 SHARED_KEY = b"lmkv-shared"
 #: "LMKM" in ASCII: the first dimension of an answer that brings it; its size in MiB is the second.
@@ -50,6 +68,20 @@ _MOST_BYTES = 2**43  # a page's number is a signed 32-bit integer
 _POPULATE = 22
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def copy(to: Bytes, source: Bytes) -> None:
+    """Copy bytes, and let other threads run meanwhile.
+
+    Raises:
+        ValueError: the sizes differ, or ``to`` is read-only; nothing was copied.
+    """
+    alike = len(to) == len(source) and to.flags.writeable and to.flags.c_contiguous and source.flags.c_contiguous
+    if not alike or _native is None or _native.lib is None:
+        np.copyto(to, source)
+        return
+    target, begin = (int(one.__array_interface__["data"][0]) for one in (to, source))
+    _native.lib.lmkv_copy(target, begin, len(to))
 
 
 class MarkingWire(Wire):
@@ -87,12 +119,12 @@ class Arena:
             os.truncate(self.descriptor, self.size)
             # a peer that shrank it would end whoever touches it then
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED)
+            self._memory, self._begin = map_aligned(self.descriptor, self.size, 0)
         except BaseException:
             os.close(self.descriptor)
             raise
         weakref.finalize(self, os.close, self.descriptor)
-        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8)
+        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8, self.size, self._begin)
         self._address = self._bytes.ctypes.data
         self._lock = threading.Lock()
         self._end = 0
@@ -107,16 +139,25 @@ class Arena:
             begin = free.pop()
         except IndexError:
             with self._lock:
-                begin = self._end
+                align = min(1 << kind, HUGE_PAGE)
+                begin = -(-self._end // align) * align
                 if begin + (1 << kind) > self.size:
                     return None
-                self._end += 1 << kind
+                self._end = begin + (1 << kind)
         room: Bytes = self._bytes[begin : begin + size]
         weakref.finalize(room, self._return, begin, size, kind).atexit = False
         return room
 
+    def touch(self, room: Bytes) -> None:
+        """Give a room its memory: huge pages where it is large, whatever the system's setting for shared memory says, as those
+        who map it then take a fault for each of these instead of one for each small one."""
+        whole = len(room) // HUGE_PAGE * HUGE_PAGE
+        if whole:
+            populate([(room.ctypes.data, whole)], collapse=True)
+        room[::_PAGE] = 0
+
     def _return(self, begin: int, size: int, kind: int) -> None:
-        self._memory.madvise(mmap.MADV_REMOVE, begin, -(-size // _PAGE) * _PAGE)
+        self._memory.madvise(mmap.MADV_REMOVE, self._begin + begin, -(-size // _PAGE) * _PAGE)
         self._free[kind].append(begin)
 
     def page(self, view: memoryview) -> int | None:
@@ -134,8 +175,8 @@ class Shared:
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
-        self._memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
-        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8)
+        self._memory, self._begin = map_aligned(descriptor, size, 0)
+        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8, size, self._begin)
         self._seen: set[int] = set()
 
     def part(self, page: int, size: int) -> Bytes:
@@ -149,7 +190,7 @@ class Shared:
             raise HeaderError(f"expected a room within {len(self._bytes)} bytes; got {size} bytes at {begin}")
         if page not in self._seen:
             with contextlib.suppress(OSError):  # in one go, where each page would be a fault
-                self._memory.madvise(_POPULATE, begin, -(-size // _PAGE) * _PAGE)
+                self._memory.madvise(_POPULATE, self._begin + begin, -(-size // _PAGE) * _PAGE)
             self._seen.add(page)
         return self._bytes[begin : begin + size]
 

@@ -10,13 +10,14 @@ import sys
 import threading
 
 import lm_servers
+import numpy as np
 import pytest
 import servers
 from lm_servers import open_at
 from lm_shared import FREE, KEYS, MIB, NAMES, Raw, at_rest, fetch, page_of, running, shares, some
 
 from lmkv.adapters.lmcache.lm_server import ServerLimits
-from lmkv.backends.lm_shared import LEAST_BYTES, LENT, SHARED_KEY, Arena, join
+from lmkv.backends.lm_shared import LEAST_BYTES, LENT, SHARED_KEY, Arena, copy, join
 from lmkv.backends.lm_wire import Answer, Code, Command, Request
 from lmkv.errors import CapacityError
 
@@ -232,6 +233,45 @@ def test_a_room_is_one_values_until_its_last_reference_is_gone() -> None:
     assert again is not None
     assert arena.page(memoryview(again)) == pages[2]
     assert not again.any()
+
+
+def test_memory_that_a_room_is_given_is_empty_and_its_own() -> None:
+    arena = Arena(MIB)
+    beside, room, behind = (arena.room(size) for size in (MIB, 5 * MIB + 4097, MIB))
+    assert beside is not None
+    assert room is not None
+    assert behind is not None
+    for one in (beside, behind):
+        one[:] = 7
+    before = os.fstat(arena.descriptor).st_blocks * 512
+    arena.touch(room)
+    assert os.fstat(arena.descriptor).st_blocks * 512 - before >= len(room)
+    assert not room.any()
+    room[:] = 9
+    assert (beside == 7).all()
+    assert (behind == 7).all()
+    page = arena.page(memoryview(room))
+    del room
+    assert os.fstat(arena.descriptor).st_blocks * 512 <= before
+    again = arena.room(5 * MIB + 4097)
+    assert again is not None
+    assert arena.page(memoryview(again)) == page
+    assert not again.any()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 5 * MIB + 3])
+def test_copies_end_where_they_should(size: int) -> None:
+    source = np.random.default_rng(size).integers(0, 256, size + 3, np.uint8)[3:]
+    room = np.full(size + 200, 5, np.uint8)
+    copy(room[77 : 77 + size], source)
+    assert (room[77 : 77 + size] == source).all()
+    assert (room[:77] == 5).all()
+    assert (room[77 + size :] == 5).all()
+    with pytest.raises(ValueError, match="broadcast"):
+        copy(room[: size + 2], np.zeros(size + 3, np.uint8))
+    fixed = np.frombuffer(bytes(size), np.uint8)
+    with pytest.raises(ValueError, match="read-only"):
+        copy(fixed, source)
 
 
 def test_without_addresses_there_is_no_room() -> None:

@@ -228,6 +228,23 @@ static int check_windows(void) {
     return same;
 }
 
+/* Bytes at any address, more than streaming begins at or fewer, and none beside them. */
+static int check_bytes(void) {
+    int64_t n = below(2) ? below(200) : below(3 * 65536), before = below(80), shift = below(80);
+    char *from = malloc((size_t)(n + shift) + 1), *to = malloc((size_t)(n + before) + 64);
+    if (!from || !to) abort();
+    for (int64_t i = 0; i < n + shift; i++) from[i] = (char)below(256);
+    memset(to, 0x5A, (size_t)(n + before) + 64);
+    lmkv_copy((uint64_t)(uintptr_t)(to + before), (uint64_t)(uintptr_t)(from + shift), n);
+    int same = !memcmp(to + before, from + shift, (size_t)n);
+    for (int64_t i = 0; i < before; i++) same = same && to[i] == 0x5A;
+    for (int64_t i = 0; i < 64; i++) same = same && to[before + n + i] == 0x5A;
+    free(from);
+    free(to);
+    if (!same) fprintf(stderr, "other bytes than expected: %lld copied to an address that ends in %lld\n", (long long)n, (long long)before);
+    return same;
+}
+
 int main(int argc, char **argv) {
     int planted = argc > 1 && !strcmp(argv[1], "planted");
     uint64_t seed = argc > 1 && !planted ? strtoull(argv[1], NULL, 10) : 1;
@@ -238,7 +255,7 @@ int main(int argc, char **argv) {
         for (int warm = 0; warm < 8; warm++) below(2);
         make(&w, planted);
         int into_payloads = planted || below(2);
-        if (!check(&w, into_payloads, (int)(below(4) ? 1 : 2 + below(3))) || !check_windows()) {
+        if (!check(&w, into_payloads, (int)(below(4) ? 1 : 2 + below(3))) || !check_windows() || !check_bytes()) {
             fprintf(stderr, "plan %lld of seed %llu\n", (long long)i, (unsigned long long)seed);
             return 1;
         }
