@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ...errors import ConfigError
@@ -20,6 +20,8 @@ __all__ = [
     "accepts",
     "active_adapters",
     "adapter_state",
+    "cache_argument",
+    "generate_cache_argument",
     "kv_fingerprint",
     "layout_from",
     "layout_of",
@@ -160,7 +162,7 @@ def probe(model: PreTrainedModel) -> list[torch.Tensor]:
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([[0, 1], [0, 2]], device=model.get_input_embeddings().weight.device)
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_argument(model): cache})
     name = type(model).__name__
     keys: list[torch.Tensor] = []
     for i, layer in enumerate(cache.layers):
@@ -248,6 +250,20 @@ def _digest(tensor: torch.Tensor) -> bytes:
 def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether ``model.forward`` names ``argument``."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which ``model.forward`` takes a cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    for name in ("cache", "past_key_values"):  # a model with code of its own may keep the old name
+        if accepts(model, name):
+            return name
+    return generate_cache_argument()  # a wrapper such as a PeftModel, which hands over whatever it gets
+
+
+def generate_cache_argument() -> str:
+    """The name by which ``model.generate``, which names neither, takes a cache: that of the step after it."""
+    named = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in named else "past_key_values"
 
 
 def _without_noise(value: object) -> object:

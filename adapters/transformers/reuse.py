@@ -23,7 +23,18 @@ from ...errors import ArgumentError, ConfigError, LayoutMismatchError, NativeErr
 from ...events import EventSink
 from ...store import Match, Store
 from ...transfer import DenseKV, Gpu
-from .model import accepts, active_adapters, adapter_state, kv_fingerprint, layout_from, layout_of, namespace_settings, probe
+from .model import (
+    accepts,
+    active_adapters,
+    adapter_state,
+    cache_argument,
+    generate_cache_argument,
+    kv_fingerprint,
+    layout_from,
+    layout_of,
+    namespace_settings,
+    probe,
+)
 from .plan import generated_texts, mask_from_padding, plan_of
 from .room import Buffers, cache_over, empty_buffers
 from .rows import Row, RowUse, check_ids, check_mask, rows_of
@@ -43,7 +54,8 @@ class Prefill:
     """What :meth:`KVReuse.prefill` returns.
 
     Args:
-        past_key_values: a ``DynamicCache`` with the KV of all given columns, ready for ``model(next_ids, past_key_values=…)``.
+        past_key_values: a ``DynamicCache`` with the KV of all given columns, ready for ``model(next_ids, cache=…)``, or
+            ``past_key_values=…`` before transformers 5.24.
         logits: of the last position, [batch, vocabulary].
         rows: what was loaded and stored for each row.
     """
@@ -241,8 +253,8 @@ class KVReuse:
         out = self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids) if loaded.mask is None else loaded.mask,
-            past_key_values=loaded.cache,
             generation_config=generation_config,
+            **{generate_cache_argument(): loaded.cache},
             **extra,
             **settings,
         )
@@ -336,7 +348,9 @@ class KVReuse:
 
     def _compute(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache, stop: int) -> torch.Tensor | None:
         """Append the KV of columns up to ``stop`` to ``cache``; logits of the last one, or ``None`` if all were there."""
-        arguments: dict[str, Any] = {"logits_to_keep": 1} if accepts(self.model, "logits_to_keep") else {}
+        arguments: dict[str, Any] = {cache_argument(self.model): cache, "use_cache": True}
+        if accepts(self.model, "logits_to_keep"):
+            arguments["logits_to_keep"] = 1
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -349,7 +363,7 @@ class KVReuse:
             if accepts(self.model, "position_ids"):
                 arguments["position_ids"] = positions[:, start:end]
             with torch.no_grad():
-                out = self.model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **arguments)
+                out = self.model(input_ids=ids[:, start:end], **arguments)
             logits = out.logits[:, -1]
             start = end
         return logits

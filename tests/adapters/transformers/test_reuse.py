@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from tiny_models import CHUNK, make_model, make_store_config, make_text  # noqa:
 
 import lmkv  # noqa: E402
 from lmkv.adapters.transformers import KVReuse, layout_of  # noqa: E402 (what it needs is skipped first)
+from lmkv.adapters.transformers.model import cache_argument, generate_cache_argument  # noqa: E402
 
 Opened = Callable[..., KVReuse]
 EVERY_MODEL = pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt_neox", "gpt2", "opt"])
@@ -35,8 +39,9 @@ def hits(reuse: KVReuse) -> list[int]:
 def split_logits(model: Any, ids: torch.Tensor, at: int) -> torch.Tensor:
     """Logits of the last position, computed in two steps as a reuse with ``at`` loaded tokens does, but without LMKV."""
     with torch.no_grad():
-        cache = model(ids[:, :at], use_cache=True, past_key_values=transformers.DynamicCache()).past_key_values
-        return model(ids[:, at:], past_key_values=cache).logits[:, -1]
+        cache = transformers.DynamicCache()
+        model(ids[:, :at], use_cache=True, **{cache_argument(model): cache})
+        return model(ids[:, at:], **{cache_argument(model): cache}).logits[:, -1]
 
 
 @EVERY_MODEL
@@ -360,10 +365,74 @@ def test_a_prefill_can_be_continued_by_hand_and_copied(opened: Opened) -> None:
             step = logits.argmax(-1, keepdim=True)
             tokens, seen = torch.cat([tokens, step], dim=1), torch.cat([seen, torch.ones_like(step)], dim=1)
             with torch.no_grad():
-                logits = model(
-                    step, attention_mask=seen, position_ids=seen.sum(1, keepdim=True) - 1, past_key_values=cache
-                ).logits[:, -1]
+                positions = seen.sum(1, keepdim=True) - 1
+                logits = model(step, attention_mask=seen, position_ids=positions, **{cache_argument(model): cache}).logits[
+                    :, -1
+                ]
         assert torch.equal(tokens, wanted)
+
+
+# What transformers calls a cache
+
+NAMES = {"cache", "past_key_values"}
+
+
+def renamed(function: Callable[..., Any], name: str) -> inspect.Signature:
+    """The signature of a function in a transformers that calls a cache so."""
+    before = inspect.signature(function)
+    return before.replace(parameters=[p.replace(name=name) if p.name in NAMES else p for p in before.parameters.values()])
+
+
+def strict(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function as it would be there: it takes a cache by this name only."""
+    theirs = generate_cache_argument()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        assert not (NAMES - {name}) & set(kwargs)
+        return function(*args, **{theirs if key == name else key: value for key, value in kwargs.items()})
+
+    call.__signature__ = renamed(function, name)  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_model_gets_the_cache_by_the_name_that_it_gives_it(name: str, opened: Opened) -> None:
+    model = make_model("llama")
+    ids = make_text(40)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -1]
+    model.forward = strict(model.forward, name)
+    reuse = opened(model)
+    for expected_hit in (0, 39):
+        prefill = reuse.prefill(ids)
+        assert prefill.hit_tokens == (expected_hit,)
+        torch.testing.assert_close(prefill.logits, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_generate_gets_the_cache_by_the_name_that_transformers_gives_it(
+    name: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    ids = make_text(40)
+    wanted = plain(model, ids)
+    reuse = opened(model)
+    model.generate = strict(model.generate, name)
+    prepare = transformers.GenerationMixin.prepare_inputs_for_generation
+    monkeypatch.setattr(prepare, "__signature__", renamed(prepare, name), raising=False)
+    for expected_hit in (0, 39):
+        assert torch.equal(reuse.generate(ids, max_new_tokens=NEW, do_sample=False), wanted)
+        assert hits(reuse) == [expected_hit]
+
+
+def test_transformers_warns_of_nothing(opened: Opened) -> None:
+    reuse = opened(make_model("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            reuse.prefill(make_text(30))
+            reuse.generate(make_text(40), max_new_tokens=NEW, do_sample=False)
 
 
 # What must not be mixed up
