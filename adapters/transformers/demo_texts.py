@@ -53,9 +53,10 @@ _TOPICS = {
         "What is a future statement?",
     ),
 }
-#: How many of them are read.
-_COUNT = 4
-_SHORTEST, _LONGEST = 1500, 2900
+#: How many of them are read, and how much of each, where nothing is said: so much that two cores are done in a minute or so.
+_COUNT, _LENGTH = 2, 1200
+#: Chapters of fewer tokens are passed over, since others are longer.
+_SHORTEST = 1500
 _QUESTIONS = ("What is this text about?", "What is its most important point?", "Which example does it give?")
 
 
@@ -68,20 +69,26 @@ class Document:
     questions: tuple[str, ...]
 
 
-def documents(folder: str | None, tokenizer: Any, limit: int) -> list[Document]:
+def documents(
+    folder: str | None, tokenizer: Any, limit: int, count: int | None = None, length: int | None = None
+) -> list[Document]:
     """What the demo reads: the files of a folder in the order of their names, or chapters of Python's manual.
 
     Args:
         folder: a directory with ``.txt``, ``.md`` or ``.rst`` files; ``None`` for the manual.
         tokenizer: the model's; measures length.
         limit: tokens that the model can read at most; longer texts are cut before.
+        count: how many are read at most; ``None`` for two chapters, or for all files.
+        length: tokens of each that are read at most; ``None`` for 1200 of a chapter, or for what the model can read of a file.
 
     Raises:
         DemoError: the folder is missing or holds no such file.
     """
     if folder is None:
-        return _manual(tokenizer, min(limit, _LONGEST))
-    return [Document(name, _cut(text, tokenizer, limit), _QUESTIONS) for name, text in _texts(folder).items()]
+        return _manual(tokenizer, min(limit, length or _LENGTH), count or _COUNT)
+    limit = min(limit, length or limit)
+    texts = list(_texts(folder).items())[:count]
+    return [Document(name, _cut(text, tokenizer, limit), _QUESTIONS) for name, text in texts]
 
 
 def check_folder(folder: str | None) -> None:
@@ -109,13 +116,13 @@ def _texts(folder: str) -> dict[str, str]:
     return texts
 
 
-def _manual(tokenizer: Any, limit: int) -> list[Document]:
+def _manual(tokenizer: Any, limit: int, count: int) -> list[Document]:
     from pydoc_data.topics import topics
 
     found: list[Document] = []
     for name, questions in _TOPICS.items():  # chapters differ in length between Python versions
         text = topics.get(name, "").strip()
-        if len(found) < _COUNT and len(tokenizer(text).input_ids) >= _SHORTEST:
+        if len(found) < count and len(tokenizer(text).input_ids) >= _SHORTEST:
             found.append(Document(name, _cut(text, tokenizer, limit), questions))
     return found
 

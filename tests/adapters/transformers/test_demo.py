@@ -155,6 +155,8 @@ def test_table_plot_and_a_second_run_on_the_same_directory(
         (["--rounds", "disk,cold"], "expected some of cold,ram,disk, in this order; got 'disk,cold'"),
         (["--rounds", "warm"], "expected some of cold,ram,disk"),
         (["--max-new-tokens", "0"], "expected a whole number of at least 1; got '0'"),
+        (["--documents", "0"], "--documents: expected a whole number of at least 1; got '0'"),
+        (["--document-tokens", "-5"], "expected a whole number of at least 1; got '-5'"),
         (["--threads", "two"], "expected a whole number of at least 1; got 'two'"),
         (["--modle", "x"], "--modle"),
         (["extra"], "extra"),
@@ -235,7 +237,7 @@ def test_the_summary() -> None:
 
 def test_the_manual_is_cut_at_paragraphs(model: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    documents = demo_texts.documents(None, tokenizer, 4000)
+    documents = demo_texts.documents(None, tokenizer, 4000, 4, 2900)
     assert len(documents) == 4
     for document in documents:
         assert 1500 <= len(tokenizer(document.text).input_ids) <= 2900
@@ -243,6 +245,29 @@ def test_the_manual_is_cut_at_paragraphs(model: str) -> None:
     ids = [demo_texts.prompt(documents[0], question, tokenizer)[0].tolist() for question in documents[0].questions]
     shared = next(i for i, (a, b) in enumerate(zip(*ids[:2], strict=False)) if a != b)
     assert shared > 0.95 * len(ids[0])
+
+
+def test_a_run_with_defaults_is_short(model: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    documents = demo_texts.documents(None, tokenizer, 8000)
+    assert len(documents) == 2
+    assert all(900 <= len(tokenizer(document.text).input_ids) <= 1200 for document in documents)
+    assert demo._parse([]).max_new_tokens == 12
+    assert demo._parse([]).rounds == ["cold", "ram", "disk"]
+
+
+def test_fewer_and_shorter_files(
+    model: str, docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    less = ("--documents", "2", "--document-tokens", "300")
+    status, out, err = run(capsys, "--model", model, "--docs", docs, "--json", "--rounds", "cold,disk", *less)
+    *requests, last = map(json.loads, out.splitlines())
+    assert status == 0
+    assert sorted(r["document"] for r in requests) == ["calls.txt"] * 2 + ["import.txt"] * 2
+    assert all(r["tokens"] < 450 for r in requests)
+    assert last["summary"]["answers_equal"] == 4
+    check_progress(err, ["cold", "disk"], ["calls.txt", "import.txt"])
 
 
 def test_a_terminal_has_the_lines_and_a_bar(
