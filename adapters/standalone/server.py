@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aiohttp import web
+from aiohttp import http, web
 
 from lmkv.errors import ConfigError, LayoutMismatchError, LMKVError
 from lmkv.events import Event
@@ -46,16 +47,38 @@ class _Teller:
 
     def __call__(self, event: Event) -> None:
         self.count(event)
-        now = time.monotonic()
-        if event.kind in _TOLD and now - self._last.get((event.kind, event.tier), -_TELL_SECONDS) >= _TELL_SECONDS:
-            self._last[event.kind, event.tier] = now
+        if event.kind in _TOLD:
             detail = ", ".join(f"{key} {value}" for key, value in event.detail.items())
+            self.tell(event.kind, event.tier, f"{event.kind} in tier {event.tier or 'store'}: {detail}")
+
+    def tell(self, kind: str, tier: str, line: str) -> None:
+        """A line, unless there was one of that kind and tier a moment ago."""
+        now = time.monotonic()
+        if now - self._last.get((kind, tier), -_TELL_SECONDS) >= _TELL_SECONDS:
+            self._last[kind, tier] = now
             with contextlib.suppress(queue.Full):
-                self._lines.put_nowait(f"{event.kind} in tier {event.tier or 'store'}: {detail}")
+                self._lines.put_nowait(line)
 
     def _write(self) -> None:
         while True:
             _say(self._lines.get())
+
+
+def _logger(teller: _Teller) -> logging.Logger:
+    """Where aiohttp reports errors: what is no HTTP is a client's fault and worth a line, not a traceback."""
+
+    def told(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, http.HttpProcessingError):
+            return True
+        why = " ".join(str(error.message).split())[:200]
+        teller.tell("refused", "", f"refused a request: expected HTTP; got {why}")
+        return False
+
+    logger = logging.Logger("lmkv.standalone.http")  # of this server alone, and not among all loggers
+    logger.parent = logging.getLogger()
+    logger.addFilter(told)
+    return logger
 
 
 def _size(count: int) -> str:
@@ -117,6 +140,7 @@ async def serve(options: Options, store: Store, teller: _Teller) -> None:
     runner = web.AppRunner(
         service.app(),
         access_log=None,
+        logger=_logger(teller),
         handle_signals=False,
         keepalive_timeout=options.patience_seconds,
         lingering_time=2.0,

@@ -514,3 +514,31 @@ def test_idle_connections_do_not_hold_up_the_end(serve: Any) -> None:
         assert time.monotonic() - begin < 20  # far below the grace time
     for raw in idle:
         raw.close()
+
+
+def test_what_is_no_http_is_told_in_a_line(serve: Make) -> None:
+    service = serve()
+    for request in (
+        b"POST /v1/lookup HTTP/1.1\r\nHost: a\r\nContent-Length: many\r\n\r\n",
+        b"GET /v1/health HTTP/1.1\r\nHost: a\r\nBroken header\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    ):
+        raw = Raw(service.port)
+        raw.send(request)
+        assert raw.socket.recv(65536).startswith(b"HTTP/1.0 400 ")
+        raw.close()
+    status, answer = ask_health(service.port)
+    assert (status, answer) == (200, {"status": "ok"})
+    assert service.stop() == 0
+    told = service.errors().splitlines()
+    assert [line.split("; got ")[0] for line in told] == ["lmkv.standalone: refused a request: expected HTTP"], told
+
+
+def ask_health(port: int) -> tuple[int, dict[str, Any]]:
+    """Status and answer."""
+    raw = Raw(port)
+    try:
+        raw.head("GET", "/v1/health", None, {})
+        return raw.answer()
+    finally:
+        raw.close()
