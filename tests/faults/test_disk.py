@@ -121,8 +121,8 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     outcome, recovered = done.stdout.strip().rsplit("\n", 1)
     dropped, reason = outcome.split(" ", 1)
-    assert int(dropped) > 20
-    assert "File too large" in reason
+    assert int(dropped) > 20, done.stdout
+    assert "File too large" in reason, done.stdout
     with open_store(tmp_path) as store:
         store._check()
         found = sum(known_kv.fetch(store, disk_writer.text(1, number)) for number in range(60))
