@@ -22,7 +22,8 @@ _freeze = gc.freeze
 gc.freeze = gc.unfreeze = lambda: None
 # It looks through all modules for kernels that the CPU has in C++, and puts these in their place.
 _Platform: Any = type(current_platform)
-_Platform.register_triton_kernel_overrides = staticmethod(functools.cache(_Platform.register_triton_kernel_overrides))
+if hasattr(_Platform, "register_triton_kernel_overrides"):  # not in older versions
+    _Platform.register_triton_kernel_overrides = staticmethod(functools.cache(_Platform.register_triton_kernel_overrides))
 # It asks a process of its own what a model can do, lest this one touches a GPU.
 registry._run_in_subprocess = lambda asked: asked()
 
