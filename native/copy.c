@@ -3,8 +3,8 @@
  * overwrite; streaming stores, one place after the other, 0.69 to 0.77; streaming stores while what comes next is fetched from
  * eight places in turn, some KiB apart, 0.95 to 1.05. So a copy is cut into tiles of 64 KiB: atoms (short runs of bytes, the same for
  * all heads) times columns (heads). A tile is written in an order of its own while the next one's sources are fetched in theirs.
- * On an EPYC (Zen 3) eight places cost what they give on the Xeon: 0.53 to 0.90
- * of memcpy, against 0.85 to 1.04 with longer atoms that are fetched from three places and written one after the other. */
+ * On an EPYC (Zen 3) eight places cost what they give on the Xeon: 0.64 to 0.85 of memcpy, against 0.89 to 1.02 with longer atoms
+ * that are fetched from three places and written one after the other (both in one process, docs/benchmarks.md). */
 #include "plan.h"
 
 #include <pthread.h>
@@ -27,10 +27,10 @@ enum {
     LINE = 64,
     TILE = 64 << 10,   /* bytes of a tile, about: sources are fetched that far ahead */
     LONGEST = 8 << 10, /* bytes of an atom, about, however many there are */
-    ELEMENTS = 512,   /* most atoms times columns of a tile */
-    COLUMNS = 64,     /* most of them that are heads */
-    ATOMS = 2048,     /* cut at a time */
-    ROWS = 8,         /* that a thread takes at a time; even, so that K and V stay together */
+    ELEMENTS = 512,    /* most atoms times columns of a tile */
+    COLUMNS = 64,      /* most of them that are heads */
+    ATOMS = 2048,      /* cut at a time */
+    ROWS = 8,          /* that a thread takes at a time; even, so that K and V stay together */
     MOST_THREADS = 64
 };
 #ifndef LMKV_STREAM_TOTAL
