@@ -148,7 +148,7 @@ class Orders(KVConnectorMetadata):
         preempted: requests whose blocks are about to be taken.
         forward: whether the model runs in this step.
         early: loads may begin before vLLM has prepared the step's inputs; not where it still clears new blocks then.
-        behind: loads begin behind the steps that still run; not needed where none of these can touch the blocks.
+        behind: loads begin behind what the device was given to do; not needed where none of that can touch the blocks.
         quick_pass: the forward pass takes less time than the loads.
         healed: the last step whose failed loads the scheduler knows of.
     """

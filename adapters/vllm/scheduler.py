@@ -263,6 +263,7 @@ class SchedulerHalf:
                     self._copies[order.id] = CopyRecord(order, state, filling)
                     self._lookups.filling.update(chunk.key for chunk in filling.reservation.chunks)
                     state.copies.add(order.id)
+        cleared = bool(getattr(output, "new_block_ids_to_zero", None))
         orders = Orders(
             step=self._step,
             pool=self._pool if self._mapped < len(self._shards) else None,
@@ -271,8 +272,8 @@ class SchedulerHalf:
             held=frozenset(self._newly_held),
             preempted=preempted,
             forward=output.total_num_scheduled_tokens > 0,
-            early=not getattr(output, "new_block_ids_to_zero", None),
-            behind=self._step - self._freed_step < self._steps_in_flight,
+            early=not cleared,
+            behind=cleared or self._step - self._freed_step < self._steps_in_flight,
             quick_pass=_LOADED_A_COMPUTED * output.total_num_scheduled_tokens <= sum(order.tokens for order in self._loads),
             healed=self._healed,
         )

@@ -130,6 +130,24 @@ def test_windows_free_blocks_at_any_time(engine_of: Callable[..., Any], monkeypa
     assert [orders.behind for orders in loads(given)] == [True]
 
 
+def test_a_load_comes_behind_the_clearing_of_its_blocks(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    known = text(4 * CHUNK, seed=21)
+    wanted = engine.computed([known])
+    engine.ask([known])
+    for _ in range(5):
+        engine.core.step()
+    given, of_half = recorded(engine, monkeypatch), engine.half.orders
+
+    def orders(output: Any) -> Any:  # as vLLM says it where layers keep KV in different precisions
+        output.new_block_ids_to_zero = [block for new in output.scheduled_new_reqs for block in new.block_ids[0]] or None
+        return of_half(output)
+
+    monkeypatch.setattr(engine.half, "orders", orders)
+    assert_same(engine.ask([known]), wanted)
+    assert [(orders.early, orders.behind) for orders in loads(given)] == [(False, True)]
+
+
 def test_a_pass_of_few_tokens_is_quick(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of()
     known = text(400, seed=5)
