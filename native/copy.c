@@ -1,31 +1,19 @@
 /* Host copies. What they cost is the memory's time, and that depends on order. Measured on a Xeon (Sapphire Rapids) with 300 MB and
  * runs of 256 bytes, one large memcpy = 1: memcpy of each run 0.38 to 0.46, since that reads every line that it is about to
  * overwrite; streaming stores, one place after the other, 0.69 to 0.77; streaming stores while what comes next is fetched from
- * eight places in turn, some KiB apart, 0.95 to 1.05. So a copy is cut into tiles of 64 KiB: atoms (short runs of bytes, the same for
- * all heads) times columns (heads). A tile is written in an order of its own while the next one's sources are fetched in theirs.
- * On an EPYC (Zen 3) eight places cost what they give on the Xeon: 0.64 to 0.85 of memcpy, against 0.89 to 1.02 with longer atoms
- * that are fetched from three places and written one after the other (both in one process, docs/benchmarks.md). */
+ * eight places in turn, some KiB apart, 0.95 to 1.05. So a copy is cut into tiles: atoms (short runs of bytes, the same for
+ * all heads) times columns (heads). A tile is written in an order of its own while the next one's sources are fetched in theirs,
+ * line by line. How large tiles are, and from how many places bytes come in turn, is another matter for each processor: what is
+ * best on one costs another a third (docs/benchmarks.md). So the first megabytes are copied in each way, and what was quickest stays. */
+#include "lines.h"
 #include "plan.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
-
-#if defined(__x86_64__) || defined(_M_X64)
-#include <emmintrin.h>
-#define LMKV_STREAMING 1
-#if defined(__SANITIZE_ADDRESS__) /* which does not see streaming stores */
-#define LMKV_STREAM(to, value) (*(to) = (value))
-#else
-#define LMKV_STREAM(to, value) _mm_stream_si128(to, value)
-#endif
-#else
-#define LMKV_STREAMING 0
-#endif
+#include <time.h>
 
 enum {
-    LINE = 64,
-    TILE = 64 << 10,   /* bytes of a tile, about: sources are fetched that far ahead */
     LONGEST = 8 << 10, /* bytes of an atom, about, however many there are */
     ELEMENTS = 512,    /* most atoms times columns of a tile */
     COLUMNS = 64,      /* most of them that are heads */
@@ -33,22 +21,37 @@ enum {
     ROWS = 8,          /* that a thread takes at a time; even, so that K and V stay together */
     MOST_THREADS = 64
 };
+/* Set otherwise where tests are to go all ways. */
+#ifndef LMKV_TRIES
+#define LMKV_TRIES 4 /* of each manner and direction */
+#endif
+#ifndef LMKV_TRIED
+#define LMKV_TRIED (512 << 10) /* bytes: what takes less time tells little */
+#endif
 #ifndef LMKV_STREAM_TOTAL
 #define LMKV_STREAM_TOTAL (4 << 20) /* bytes: a smaller copy fits the caches and is wanted in them */
 #endif
 
-/* What a processor likes: bytes copied at one place before going to the next, and from and to how many places in turn. */
+/* Bytes copied at one place before going to the next; from and to how many places in turn; bytes of a tile, about: sources are
+ * fetched that far ahead; whether into the first cache. */
 typedef struct {
-    int64_t step, reading, writing;
+    int64_t step, reading, writing, tile;
+    int near;
 } manner;
 
-static const manner MANY_PLACES = {256, 8, 8};
-#if LMKV_STREAMING && defined(__GNUC__)
-static const manner FEW_PLACES = {512, 3, 1};
-static const manner *manner_here(void) { return __builtin_cpu_is("amd") ? &FEW_PLACES : &MANY_PLACES; }
-#else
-static const manner *manner_here(void) { return &MANY_PLACES; }
-#endif
+static const manner MANNERS[] = {
+    {512, 2, 2, 32 << 10, 1}, /* the best of these on an EPYC of Zen 5 */
+    {512, 3, 1, 64 << 10, 0}, /* Zen 3 */
+    {256, 8, 8, 64 << 10, 0}, /* Sapphire Rapids */
+};
+enum { N_MANNERS = sizeof MANNERS / sizeof *MANNERS };
+
+/* By direction: how many times one was tried, and the most bytes a microsecond that each was seen to copy. Others on the machine only
+ * take away from that. */
+static struct {
+    atomic_int tries;
+    atomic_llong most[N_MANNERS];
+} seen[2];
 
 /* Contiguous bytes on both sides, as offsets from where head 0 begins. */
 typedef struct {
@@ -81,9 +84,10 @@ typedef struct {
 typedef struct {
     const manner *manner;
     int streaming, busy;
+    int64_t copied; /* bytes */
     tile now;
     /* of the atoms: */
-    int64_t n_atoms, width, from_group, to_group;
+    int64_t n_atoms, width, from_group, to_group, bytes;
     way way;
     order orders[2]; /* of whole tiles, and of the last one */
     atom atoms[ATOMS];
@@ -97,89 +101,53 @@ typedef struct {
     atomic_llong next;
 } job;
 
-#if defined(__GNUC__)
-#define LMKV_INLINE inline __attribute__((always_inline)) /* gcc drops calls of functions that only fetch */
-#else
-#define LMKV_INLINE inline
-#endif
-
-#if LMKV_STREAMING
-static LMKV_INLINE void fetch(const char *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += LINE) _mm_prefetch(from + i, _MM_HINT_T1);
-}
-
-/* Whole lines of the destination go around the caches, the rest through them. */
-static inline void put_lines(char *to, const char *from, size_t n) {
-    if ((((uintptr_t)to | n) & (LINE - 1)) != 0) {
-        size_t before = (LINE - ((uintptr_t)to & (LINE - 1))) & (LINE - 1);
-        if (before > n) before = n;
-        memcpy(to, from, before);
-        to += before;
-        from += before;
-        n -= before;
-    }
-    for (; n >= LINE; to += LINE, from += LINE, n -= LINE) {
-        const __m128i *source = (const __m128i *)from;
-        __m128i *target = (__m128i *)to;
-        __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
-        __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
-        LMKV_STREAM(target, a);
-        LMKV_STREAM(target + 1, b);
-        LMKV_STREAM(target + 2, c);
-        LMKV_STREAM(target + 3, d);
-    }
-    if (n) memcpy(to, from, n);
-}
-
-/* Lines that two runs share are put together by the processor, if the second comes soon after the first. */
-static inline void put_sixteens(char *to, const char *from, size_t n) {
-    if (((uintptr_t)to & 15) == 0) {
-        for (; n >= 16; to += 16, from += 16, n -= 16) LMKV_STREAM((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
-    }
-    if (n) memcpy(to, from, n);
-}
-#else
-static LMKV_INLINE void fetch(const char *from, int64_t bytes) {
-#if defined(__GNUC__)
-    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(from + i);
-#else
-    (void)from, (void)bytes;
-#endif
-}
-
-static inline void put_lines(char *to, const char *from, size_t n) { memcpy(to, from, n); }
-static inline void put_sixteens(char *to, const char *from, size_t n) { memcpy(to, from, n); }
-#endif
-
 static inline const char *source(const tile *t, element e) { return t->from + t->atoms[e.atom].from + e.column * t->from_column; }
 
-static inline void put_element(const tile *t, element e) {
-    const atom *a = &t->atoms[e.atom];
-    char *to = t->to + a->to + e.column * t->to_column;
-    if (t->way == LINES)
-        put_lines(to, source(t, e), (size_t)a->bytes);
-    else if (t->way == SIXTEENS)
-        put_sixteens(to, source(t, e), (size_t)a->bytes);
-    else
-        memcpy(to, source(t, e), (size_t)a->bytes);
-}
-
-/* Copy one tile and fetch the next one's sources meanwhile. */
-static void copy_tile(const tile *now, const tile *next) {
+/* Copy one tile and fetch the next one's sources meanwhile, a line of each in turn: either in a bunch leaves the memory idle. */
+static LMKV_INLINE void copy_tile_by(const tile *now, const tile *next, int near) {
     int64_t n = now->order->atoms * now->order->columns;
     int64_t ahead = next && next->way != CACHED ? next->order->atoms * next->order->columns : 0;
     for (int64_t i = 0; i < n || i < ahead; i++) {
+        const char *soon = NULL;
+        int64_t fetched = 0, wanted = 0;
         if (i < ahead) {
             element e = next->order->reading[i];
-            fetch(source(next, e), next->atoms[e.atom].bytes);
+            soon = source(next, e);
+            wanted = next->atoms[e.atom].bytes;
         }
-        if (i < n) put_element(now, now->order->writing[i]);
+        if (i < n) {
+            element e = now->order->writing[i];
+            const atom *a = &now->atoms[e.atom];
+            const char *from = source(now, e);
+            char *to = now->to + a->to + e.column * now->to_column;
+            if (now->way == LINES && (((uintptr_t)to | (uintptr_t)a->bytes) & (LINE - 1)) == 0) {
+                for (int64_t at = 0; at < a->bytes; at += LINE) {
+                    if (fetched < wanted) fetch(soon + fetched, near);
+                    fetched += LINE;
+                    put_line(to + at, from + at);
+                }
+            } else if (now->way == LINES) {
+                put_lines(to, from, (size_t)a->bytes);
+            } else if (now->way == SIXTEENS) {
+                put_sixteens(to, from, (size_t)a->bytes);
+            } else {
+                memcpy(to, from, (size_t)a->bytes);
+            }
+        }
+        for (; fetched < wanted; fetched += LINE) fetch(soon + fetched, near);
     }
+}
+
+static void copy_tile(const tile *now, const tile *next, const manner *manner) {
+    if (manner->near)
+        copy_tile_by(now, next, 1);
+    else
+        copy_tile_by(now, next, 0);
 }
 
 /* Hand over the next tile; null: none, finish. */
 static void push(hand *hand, const tile *next) {
-    if (hand->busy) copy_tile(&hand->now, next);
+    if (hand->busy) copy_tile(&hand->now, next, hand->manner);
     hand->busy = next != NULL;
     if (next) hand->now = *next;
 }
@@ -328,7 +296,8 @@ static void survey(hand *hand, const strip *s) {
     int64_t row_group = group(hand, s);
     hand->from_group = s->into_payloads ? row_group : ATOMS; /* in a payload a head's tokens are one run */
     hand->to_group = s->into_payloads ? ATOMS : row_group;
-    int64_t tiles = (bytes * columns + TILE / 2) / TILE; /* of one size, as far as can be */
+    hand->bytes = bytes * row->heads;
+    int64_t tile = hand->manner->tile, tiles = (bytes * columns + tile / 2) / tile; /* of one size, as far as can be */
     int64_t width = tiles > 1 ? (hand->n_atoms + tiles - 1) / tiles : hand->n_atoms;
     if (width > ELEMENTS / columns) width = ELEMENTS / columns;
     if (width > row_group) width -= width % row_group;
@@ -340,6 +309,7 @@ static void copy_atoms(hand *hand, const strip *s) {
     const lmkv_row *row = s->row;
     int into = s->into_payloads;
     int64_t most = row->heads < COLUMNS ? row->heads : COLUMNS;
+    hand->copied += hand->bytes;
     for (int64_t a = 0; a < hand->n_atoms; a += hand->width) {
         for (int64_t c = 0; c < row->heads; c += most) {
             int64_t atoms = hand->n_atoms - a, columns = row->heads - c;
@@ -379,19 +349,47 @@ static void copy_rows(hand *hand, const job *job, int64_t p, int64_t r, int64_t 
     push(hand, NULL);
 }
 
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* The next one to be tried, or the quickest. */
+static int manner_for(int direction, int *tried) {
+    int tries = atomic_load(&seen[direction].tries), best = 0;
+    *tried = tries < LMKV_TRIES * N_MANNERS;
+    if (*tried) return tries % N_MANNERS;
+    for (int m = 1; m < N_MANNERS; m++)
+        if (atomic_load(&seen[direction].most[m]) > atomic_load(&seen[direction].most[best])) best = m;
+    return best;
+}
+
+static void note(int direction, int manner, int64_t bytes, int64_t took) {
+    if (bytes < LMKV_TRIED) return;
+    atomic_fetch_add(&seen[direction].tries, 1);
+    long long speed = bytes * 1000 / (took > 0 ? took : 1), before = atomic_load(&seen[direction].most[manner]);
+    while (before < speed && !atomic_compare_exchange_weak(&seen[direction].most[manner], &before, speed)) continue;
+}
+
 static void *work(void *given) {
     job *job = given;
     hand hand;
-    hand.manner = manner_here();
+    hand.manner = NULL;
     hand.streaming = job->streaming;
     hand.busy = 0;
     hand.n_atoms = 0;
-    hand.orders[0].atoms = hand.orders[1].atoms = 0; /* not made yet */
     for (;;) {
         int64_t item = atomic_fetch_add(&job->next, 1);
         if (item >= job->plan->n_parts * job->groups) break;
         int64_t first = item % job->groups * job->rows, end = first + job->rows;
+        int tried = 0, chosen = job->streaming ? manner_for(job->into_payloads, &tried) : 0;
+        if (hand.manner != &MANNERS[chosen]) hand.orders[0].atoms = hand.orders[1].atoms = 0; /* not made yet */
+        hand.manner = &MANNERS[chosen];
+        hand.copied = 0;
+        int64_t begun = tried ? nanoseconds() : 0;
         copy_rows(&hand, job, item / job->groups, first, end < job->plan->n_rows ? end : job->plan->n_rows);
+        if (tried) note(job->into_payloads, chosen, hand.copied, nanoseconds() - begun);
     }
 #if LMKV_STREAMING
     _mm_sfence(); /* streamed bytes are seen before whatever the caller does next */
