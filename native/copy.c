@@ -87,7 +87,7 @@ typedef struct {
     int64_t copied; /* bytes */
     tile now;
     /* of the atoms: */
-    int64_t n_atoms, width, from_group, to_group, bytes;
+    int64_t n_atoms, width, columns, from_group, to_group, bytes;
     way way;
     order orders[2]; /* of whole tiles, and of the last one */
     atom atoms[ATOMS];
@@ -286,18 +286,24 @@ static int64_t group(const hand *hand, const strip *s) {
 /* How tiles of the atoms that were cut are made and copied. */
 static void survey(hand *hand, const strip *s) {
     const lmkv_row *row = s->row;
-    int64_t columns = row->heads < COLUMNS ? row->heads : COLUMNS, bytes = 0, shared = 0;
+    int64_t bytes = 0, shared = 0;
     uintptr_t column = (uintptr_t)(s->into_payloads ? s->payload_column : row->head_stride);
     for (int64_t i = 0; i < hand->n_atoms; i++) {
         bytes += hand->atoms[i].bytes;
         shared += (((uintptr_t)s->to + (uintptr_t)hand->atoms[i].to) | (uintptr_t)hand->atoms[i].bytes | column) % LINE != 0;
     }
     hand->way = !hand->streaming ? CACHED : shared * 32 <= hand->n_atoms ? LINES : SIXTEENS;
-    int64_t row_group = group(hand, s);
+    int64_t row_group = group(hand, s), tile = hand->manner->tile, most = COLUMNS;
+    if (row_group < hand->n_atoms) { /* heads lie apart: whole groups of few, since all of them begin at the same place of a page */
+        int64_t grouped = bytes / hand->n_atoms * row_group;
+        if (grouped && (tile + grouped - 1) / grouped < most) most = (tile + grouped - 1) / grouped;
+    }
+    int64_t turns = (row->heads + most - 1) / most, columns = (row->heads + turns - 1) / turns;
+    hand->columns = columns;
     hand->from_group = s->into_payloads ? row_group : ATOMS; /* in a payload a head's tokens are one run */
     hand->to_group = s->into_payloads ? ATOMS : row_group;
     hand->bytes = bytes * row->heads;
-    int64_t tile = hand->manner->tile, tiles = (bytes * columns + tile / 2) / tile; /* of one size, as far as can be */
+    int64_t tiles = (bytes * columns + tile / 2) / tile; /* of one size, as far as can be */
     int64_t width = tiles > 1 ? (hand->n_atoms + tiles - 1) / tiles : hand->n_atoms;
     if (width > ELEMENTS / columns) width = ELEMENTS / columns;
     if (width > row_group) width -= width % row_group;
@@ -308,14 +314,13 @@ static void survey(hand *hand, const strip *s) {
 static void copy_atoms(hand *hand, const strip *s) {
     const lmkv_row *row = s->row;
     int into = s->into_payloads;
-    int64_t most = row->heads < COLUMNS ? row->heads : COLUMNS;
     hand->copied += hand->bytes;
     for (int64_t a = 0; a < hand->n_atoms; a += hand->width) {
-        for (int64_t c = 0; c < row->heads; c += most) {
+        for (int64_t c = 0; c < row->heads; c += hand->columns) {
             int64_t atoms = hand->n_atoms - a, columns = row->heads - c;
             if (atoms > hand->width) atoms = hand->width;
-            if (columns > most) columns = most;
-            tile t = {.order = order_of(hand, atoms < hand->width || columns < most, atoms, columns),
+            if (columns > hand->columns) columns = hand->columns;
+            tile t = {.order = order_of(hand, atoms < hand->width || columns < hand->columns, atoms, columns),
                       .atoms = hand->atoms + a,
                       .from_column = into ? row->head_stride : s->payload_column,
                       .to_column = into ? s->payload_column : row->head_stride,
