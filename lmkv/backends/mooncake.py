@@ -73,6 +73,7 @@ class MooncakeBackend:
         self._client: Any = None
         self._failed = ""
         self._closed = False
+        self._calls = 0  # under way
         self._registered: dict[int, tuple[object, int, int]] = {}  # exporter's id -> exporter, address, uses (0: for good)
 
     def __repr__(self) -> str:
@@ -98,6 +99,29 @@ class MooncakeBackend:
         if self._client is None:
             raise BackendUnavailableError(f"{self._shown}: {self._failed}")
         return self._client
+
+    @contextmanager
+    def _using(self) -> Iterator[Any]:
+        """The client for one call, which it outlives: transfers may never end, so closing does not wait for them."""
+        client = self._connected()
+        with self._lock:
+            if self._closed:
+                raise StoreClosedError("expected an open backend; it was closed")
+            self._calls += 1
+        try:
+            yield client
+        finally:
+            with self._lock:
+                self._calls -= 1
+                last = self._closed and not self._calls
+            if last:
+                self._end(client)
+
+    def _end(self, client: Any) -> None:
+        for _, address, _ in self._registered.values():
+            client.unregister_buffer(address)
+        self._registered.clear()
+        client.close()
 
     def _connect(self) -> None:
         o = self._options
@@ -177,7 +201,8 @@ class MooncakeBackend:
         """See :class:`lmkv.backends.base.Backend`. One call to the master."""
         if not keys:
             return []
-        states = self._connected().batch_is_exist([self._name(key) for key in keys])
+        with self._using() as client:
+            states = client.batch_is_exist([self._name(key) for key in keys])
         self._check_states("look up", states)
         return [state == 1 for state in states]
 
@@ -185,11 +210,10 @@ class MooncakeBackend:
         """See :class:`lmkv.backends.base.Backend`. Received straight into the buffers."""
         if not keys:
             return []
-        client = self._connected()
         states = [_NOT_READY] * len(keys)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}  # the client fills one buffer a key
         until = time.monotonic() + self._deadline
-        with self._addresses(client, out) as places:
+        with self._using() as client, self._addresses(client, out) as places:
             left = sorted(first.values())
             while left:
                 names, sizes = [self._name(keys[i]) for i in left], [len(out[i]) for i in left]
@@ -224,12 +248,11 @@ class MooncakeBackend:
         """
         if not keys:
             return
-        client = self._connected()
         how = self._library.ReplicateConfig()
-        if self._options["prefer_local_alloc"] and self._options["global_segment_size"]:
-            how.preferred_segment = client.get_hostname()
         names = [self._name(key) for key in keys]
-        with self._addresses(client, data) as places:
+        with self._using() as client, self._addresses(client, data) as places:
+            if self._options["prefer_local_alloc"] and self._options["global_segment_size"]:
+                how.preferred_segment = client.get_hostname()
             there = client.batch_is_exist(names)
             states = [0] * len(names)
             for held, write in ((True, client.batch_upsert_from), (False, client.batch_put_from)):
@@ -238,36 +261,42 @@ class MooncakeBackend:
                     done = write([names[i] for i in some], [places[i] for i in some], [len(data[i]) for i in some], how)
                     for i, state in zip(some, done, strict=True):
                         states[i] = state
+            if _NO_ROOM in states:
+                client.batch_remove(names, True)
         bad = [state for state in states if state < 0]
         if _NO_ROOM in bad:
-            client.batch_remove(names, True)
             raise CapacityError(f"{self._shown}: the pool has no room")
         if bad:
             raise BackendUnavailableError(f"{self._shown}: {len(bad)} of {len(states)} not written (status {bad[0]})")
 
     def delete_many(self, keys: Sequence[ChunkKey]) -> None:
         """See :class:`lmkv.backends.base.Backend`."""
-        if keys:
-            self._check_states("delete", self._connected().batch_remove([self._name(key) for key in keys], True))
+        if not keys:
+            return
+        with self._using() as client:
+            states = client.batch_remove([self._name(key) for key in keys], True)
+        self._check_states("delete", states)
 
     def clear(self) -> None:
         """See :class:`lmkv.backends.base.Clearable`: every value behind the prefix, whoever wrote it."""
-        status = self._connected().remove_by_regex(f"^{re.escape(self._prefix)}-[0-9a-f]{{32}}$", True)
+        with self._using() as client:
+            status = client.remove_by_regex(f"^{re.escape(self._prefix)}-[0-9a-f]{{32}}$", True)
         if status < 0:
             raise BackendUnavailableError(f"{self._shown}: can't clear (status {status})")
 
     def close(self) -> None:
-        """See :class:`lmkv.backends.base.Backend`. Takes this process's segment, and what lies in it, out of the pool."""
+        """See :class:`lmkv.backends.base.Backend`. Takes this process's segment, and what lies in it, out of the pool.
+
+        Where calls are under way, the last of them does so at its end.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             client, self._client = self._client, None
-        if client is not None:
-            for _, address, _ in self._registered.values():
-                client.unregister_buffer(address)
-            self._registered.clear()
-            client.close()
+            busy = self._calls > 0
+        if client is not None and not busy:
+            self._end(client)
 
 
 def _host_of(metadata_server: str) -> str:

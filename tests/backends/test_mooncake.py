@@ -7,8 +7,10 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +22,7 @@ import pytest
 from lmkv.backends import Backend, BackendSettings, open_backend
 from lmkv.backends.base import Clearable
 from lmkv.chunks import ChunkKey
-from lmkv.errors import BackendUnavailableError, ConfigError
+from lmkv.errors import BackendUnavailableError, ConfigError, StoreClosedError
 from lmkv.layout import KVLayout
 from lmkv.testing import BackendSuite
 
@@ -88,6 +90,41 @@ def test_slots_are_registered_once_and_filled_in_place(segment: Any) -> None:
     assert [owner for owner, _, _ in segment._registered.values()] == [slots]
     assert segment.read_many([key(7)], [memoryview(bytearray(100))]) == [None], "a value larger than its buffer is absent"
     assert len(segment._registered) == 1, "other memory is not kept registered"
+
+
+def test_closed_while_calls_are_under_way(master: mooncakes.MooncakeMaster, segment: Backend) -> None:
+    mine: Any = open_backend("mooncakestore", settings(master.url, **{**SMALL, "global_segment_size": 0}))
+    values = [memoryview(bytes([i]) * 5000) for i in range(8)]
+    mine.write_many([key(2000 + i) for i in range(8)], values)
+    real, begun, goes_on, ended = mine._client, threading.Semaphore(0), threading.Event(), []
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def batch_get_into(self, *how: Any) -> Any:
+            begun.release()
+            assert goes_on.wait(30)
+            return real.batch_get_into(*how)
+
+        def close(self) -> None:
+            ended.append(dict(mine._registered))
+            real.close()
+
+    mine._client = Slow()
+    outs = [memoryview(mmap.mmap(-1, 8192))[:5000] for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        reads = [pool.submit(mine.read_many, [key(2000 + i)], [outs[i]]) for i in range(8)]
+        for _ in reads:
+            assert begun.acquire(timeout=30)
+        mine.close()
+        assert not ended, "memory that is being written to stays registered, and the client open"
+        goes_on.set()
+        assert [read.result() for read in reads] == [[5000]] * 8
+    assert outs == values
+    assert ended == [{}], "once, with nothing registered"
+    with pytest.raises(StoreClosedError):
+        mine.read_many([key(2000)], [outs[0]])
 
 
 def test_memory_of_ones_own_is_preferred(master: mooncakes.MooncakeMaster, segment: Backend) -> None:
