@@ -6,6 +6,7 @@ import argparse
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +150,20 @@ def _teller() -> Callable[[str], None]:
     return tell
 
 
+def _stop() -> socket.socket:
+    """Receives a byte once SIGTERM or SIGINT came.
+
+    The interpreter sends it in whatever thread the system gives the signal to. Python's own handlers run in this one only, which
+    is not woken then; and one that sets an event waits for ever if it comes while this thread holds that event's lock.
+    """
+    told, tells = socket.socketpair()
+    tells.setblocking(False)
+    signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return told
+
+
 def make_arena(options: ServeOptions, tell: Callable[[str], None]) -> Arena | None:
     """Memory that clients of this machine share, where there can be some."""
     try:
@@ -170,9 +185,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
         return 2
     for warning in options.warnings:
         _say(f"warning: {warning}")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _stop()
     try:
         server = LmServer(shelf, options.host, options.port, options.limits, tell, behind)
     except OSError as error:
@@ -183,7 +196,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     shown = f"[{host}]" if ":" in host else host
     held = f"{options.capacity / 1024**3:.4g} GiB, {options.policy}"
     print(f"LMKV serves lm://{shown}:{port} ({held}, {'with' if options.limits.token else 'without'} a token)", flush=True)
-    stop.wait()
+    stop.recv(1)
     server.close()
     if behind is not None:
         behind.close()

@@ -393,6 +393,23 @@ def test_arguments(tmp_path: Path) -> None:
     assert parse_arguments(["::1", "1", "--ahead", "0"], {}).ahead == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no process ids elsewhere")
+def test_a_signal_ends_it_whichever_thread_gets_it() -> None:
+    command = [sys.executable, "-c", "import sys; from lmkv.cli import main; sys.exit(main())", "serve", "127.0.0.1", "0"]
+    for main in (False, True, False):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            try:
+                assert process.stdout is not None
+                port = int(process.stdout.readline().split("lm://127.0.0.1:")[1].split(" ")[0])
+                with RawClient(port) as client:
+                    client.put(KEY, b"0123456789ab")
+                    threads = [int(name) for name in os.listdir(f"/proc/{process.pid}/task")]
+                    os.kill(process.pid if main else max(threads), signal.SIGTERM)
+                    assert process.wait(20) == 0
+            finally:
+                process.kill()
+
+
 def test_the_command_serves_until_it_is_told_to_stop() -> None:
     command = [sys.executable, "-c", "import sys; from lmkv.cli import main; sys.exit(main())", "serve", "127.0.0.1", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
