@@ -153,8 +153,8 @@ def _teller() -> Callable[[str], None]:
 def _stop() -> socket.socket:
     """Receives a byte once SIGTERM or SIGINT came.
 
-    The interpreter sends it in whatever thread the system gives the signal to. Python's own handlers run in this one only, which
-    is not woken then; and one that sets an event waits for ever if it comes while this thread holds that event's lock.
+    The interpreter sends it in whatever thread the system gives the signal to. Python's own handlers run in this one only,
+    which is not woken then; and one that sets an event waits for ever if it comes while this thread holds that event's lock.
     """
     told, tells = socket.socketpair()
     tells.setblocking(False)
